@@ -1,0 +1,1 @@
+"""The decoder of MobileLLM-R1: configuration, construction, losses, forward passes, Hugging Face mapping."""
