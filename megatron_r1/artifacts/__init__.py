@@ -1,0 +1,1 @@
+"""L0: immutable folders with manifests: how stages talk to each other. Free of torch."""

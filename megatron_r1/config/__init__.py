@@ -1,0 +1,1 @@
+"""L0: typed, frozen, strict settings; quantities with units; YAML with `extends` and overrides."""

@@ -1,0 +1,1 @@
+"""L3 stage: raw files to shards."""

@@ -1,0 +1,1 @@
+"""L2: tokenizers, shards, mixtures as functions (numpy)."""

@@ -1,0 +1,1 @@
+"""L3 stage: held-out bits per byte and verified tasks."""

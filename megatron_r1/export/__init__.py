@@ -1,0 +1,1 @@
+"""L3 stage: Hugging Face folder with proof of parity."""

@@ -1,0 +1,1 @@
+"""L3 stage: what each document does for each capability."""

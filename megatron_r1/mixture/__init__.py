@@ -1,0 +1,1 @@
+"""L3 stage: influence to sampling weights."""

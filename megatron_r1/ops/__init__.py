@@ -1,0 +1,1 @@
+"""L1: fused operations with a plain-torch reference each."""

@@ -1,0 +1,1 @@
+"""L1: megatron-core behind one facade."""

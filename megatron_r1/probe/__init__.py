@@ -1,0 +1,1 @@
+"""L3 stage: capability-probing sets."""

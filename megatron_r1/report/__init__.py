@@ -1,0 +1,1 @@
+"""L3 stage: one self-contained page about a run."""

@@ -1,0 +1,1 @@
+"""L3 stage: pre-training, mid-training with distillation, SFT."""
