@@ -30,7 +30,7 @@ def test_published_sizes(name: str) -> None:
     assert config.non_embedding_parameters() == non_embedding
     assert config.embedding_parameters() == parameters - non_embedding == 128256 * dim
     assert config.kv_cache_bytes_per_token() == kv_bytes
-    assert config.tied_embeddings and config.rms_eps == 1e-5 and config.init_std == 0.02 and config.rope_theta == 1e6
+    assert (config.tied_embeddings, config.rms_eps, config.init_std, config.rope_theta) == (True, 1e-5, 0.02, 1e6)
 
 
 def test_kv_cache_at_32k_is_the_published_size() -> None:
