@@ -1,0 +1,63 @@
+"""The stages there are, looked up by name and imported when needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from megatron_r1.config.base import StageConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a stage lives and what it makes."""
+
+    name: str
+    kind: str
+    """Kind of artifact it writes."""
+    distributed: bool = False
+    """Whether every rank takes part; otherwise rank 0 works and the others wait for the artifact."""
+
+    @property
+    def config(self) -> type[StageConfig]:
+        """Its settings; imports no torch."""
+        return getattr(import_module(f"megatron_r1.{self.name}.config"), f"{self.name.capitalize()}Config")
+
+    def describe(self, config: StageConfig) -> str:
+        """One line on what the stage would do."""
+        return import_module(f"megatron_r1.{self.name}.config").describe(config)
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        """Its entry; imports whatever the stage needs."""
+        return import_module(f"megatron_r1.{self.name}.run").run
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("corpus", "shards"),
+        Stage("probe", "probe"),
+        Stage("influence", "influence"),
+        Stage("mixture", "mixture"),
+        Stage("train", "checkpoint", distributed=True),
+        Stage("evaluate", "evaluation"),
+        Stage("export", "export"),
+        Stage("report", "report"),
+    )
+}
+
+ROLE_KINDS = {
+    "shards": "shards",
+    "tokenizer": "shards",
+    "probe": "probe",
+    "influence": "influence",
+    "mixture": "mixture",
+    "previous": "mixture",
+    "checkpoint": "checkpoint",
+    "teacher": "checkpoint",
+    "evaluation": "evaluation",
+}
+"""Input role -> kind of artifact it takes; a role that is not listed takes any."""
