@@ -1,0 +1,105 @@
+"""The face: `megatron-r1 run | recipes | ledger | export`. Parses, calls, prints; imports the rest when needed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from megatron_r1 import __version__
+from megatron_r1.utils.errors import R1Error
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="megatron-r1", description="Train sub-billion reasoning models by the MobileLLM-R1 recipe.")
+    top.add_argument("--version", action="version", version=f"megatron-r1 {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a recipe: complete steps are verified and skipped")
+    run.add_argument("recipe", help="a YAML file or the name of a shipped recipe")
+    run.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. --set steps.pretrain1.lr.peak=1e-3")
+    run.add_argument("--only", metavar="STEP", help="run this one step; its inputs must be complete")
+    run.add_argument("--until", metavar="STEP", help="run this step and everything it needs")
+    run.add_argument("--runs-dir", type=Path, default=Path(os.environ.get("MEGATRON_R1_RUNS", "runs")), help="where runs are kept (default: runs)")
+    run.add_argument("--verify", choices=("full", "sizes", "none"), default="full", help="how complete steps are checked before they are skipped")
+    run.add_argument("--dry-run", action="store_true", help="print the resolved recipe, derived values and what each step would do; run nothing")
+    run.add_argument("--explain", metavar="KEY", help="tell what a setting means and where its value came from; run nothing")
+    run.set_defaults(action=_run)
+
+    recipes = commands.add_parser("recipes", help="list the shipped recipes")
+    recipes.set_defaults(action=_recipes)
+
+    ledger = commands.add_parser("ledger", help="list, verify and draw the artifacts of a run")
+    ledger.add_argument("run", type=Path, help="a run folder, e.g. runs/quickstart")
+    ledger.add_argument("--verify", action="store_true", help="check every byte against its checksum")
+    ledger.add_argument("--graph", action="store_true", help="draw which artifact was made from which")
+    ledger.add_argument("--mermaid", action="store_true", help="draw it in Mermaid's language")
+    ledger.set_defaults(action=_ledger)
+
+    export = commands.add_parser("export", help="write a trained step as a Hugging Face folder, with proof of parity")
+    export.add_argument("checkpoint", type=Path, help="the artifact folder of a training step")
+    export.add_argument("folder", type=Path, help="where to write; must not exist")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the written weights")
+    export.set_defaults(action=_export)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point. Returns the exit status: 0 done, 2 the user can act on the printed error."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.action(options)
+    except R1Error as error:
+        print(f"\n{type(error).__name__}\n{error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+
+
+def _command() -> str:
+    return "megatron-r1 " + shlex.join(sys.argv[1:])
+
+
+def _run(options: argparse.Namespace) -> int:
+    from megatron_r1.pipeline.recipe import explain, load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.explain:
+        for label, text in explain(recipe, options.explain).items():
+            if text:
+                print(f"{label:>8}: {text}")
+        return 0
+    if options.dry_run:
+        from megatron_r1.pipeline.plan import print_plan
+
+        print_plan(recipe, options.runs_dir)
+        return 0
+    from megatron_r1.pipeline.runner import run_recipe
+    from megatron_r1.pipeline.summary import print_summary
+
+    done = run_recipe(recipe, options.runs_dir, _command(), options.only, options.until, options.verify)
+    print_summary(done)
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from megatron_r1.pipeline.summary import print_recipes
+
+    print_recipes()
+    return 0
+
+
+def _ledger(options: argparse.Namespace) -> int:
+    from megatron_r1.pipeline.summary import print_ledger
+
+    return print_ledger(options.run, options.verify, options.graph, options.mermaid)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from megatron_r1.pipeline.single import export_checkpoint
+
+    print(export_checkpoint(options.checkpoint, options.folder, options.dtype, _command()))
+    return 0
