@@ -1,0 +1,107 @@
+"""Token n-grams as 64-bit numbers: duplicates, near duplicates and overlap with other documents.
+
+n-grams are over tokens, not words: shards hold tokens only, and 13 tokens are fewer than 13 words, so the test is stricter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+MIX = np.uint64(0xFF51AFD7ED558CCD)
+FILTER_BITS = 22
+SKETCH = 64
+SHINGLE = 5
+
+
+def ngram_hashes(tokens: np.ndarray, n: int) -> np.ndarray:
+    """Hash of every n-gram of `tokens` [t]: uint64 [max(t - n + 1, 0)]; equal n-grams have equal hashes."""
+    count = len(tokens) - n + 1
+    if count <= 0:
+        return np.zeros(0, np.uint64)
+    shifted = tokens.astype(np.uint64) + np.uint64(1)
+    hashes = np.zeros(count, np.uint64)
+    for k in range(n):
+        hashes *= MULTIPLIER
+        hashes += shifted[k : k + count]
+    hashes ^= hashes >> np.uint64(33)
+    hashes *= MIX
+    hashes ^= hashes >> np.uint64(29)
+    return hashes
+
+
+def sketch(tokens: np.ndarray) -> np.ndarray:
+    """The smallest distinct hashes of the 5-grams of a window (bottom-k sketch), uint64 [<= SKETCH]."""
+    return np.unique(ngram_hashes(tokens, min(SHINGLE, len(tokens))))[:SKETCH]
+
+
+class NearDuplicates:
+    """Remembers kept windows and tells whether another one is nearly the same (estimated Jaccard similarity of 5-grams)."""
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self._owners: dict[int, list[int]] = {}
+        self._kept = 0
+
+    def seen(self, tokens: np.ndarray) -> bool:
+        """True when the window reaches the threshold against a kept one; otherwise it is kept and remembered."""
+        values = sketch(tokens).tolist()
+        shared = Counter(owner for value in values for owner in self._owners.get(value, ()))
+        # Both sketches hold the smallest hashes, so the shared part of a sketch estimates the shared part of the sets.
+        if shared and max(shared.values()) >= self.threshold * len(values):
+            return True
+        for value in values:
+            self._owners.setdefault(value, []).append(self._kept)
+        self._kept += 1
+        return False
+
+
+class OverlapIndex:
+    """Which n-grams of some windows occur in a large body of tokens that is streamed past once."""
+
+    def __init__(self, windows: Sequence[np.ndarray], n: int) -> None:
+        self.n = n
+        self._hashes = [np.unique(ngram_hashes(window, n)) for window in windows]
+        self._all = np.unique(np.concatenate(self._hashes)) if windows else np.zeros(0, np.uint64)
+        self._found = np.zeros(len(self._all), bool)
+        # A bitmap of the leading bits throws out almost every streamed n-gram before the binary search.
+        self._filter = np.zeros(1 << FILTER_BITS, bool)
+        self._filter[self._slots(self._all)] = True
+
+    @staticmethod
+    def _slots(hashes: np.ndarray) -> np.ndarray:
+        return (hashes >> np.uint64(64 - FILTER_BITS)).astype(np.int64)
+
+    def stream(self, tokens: np.ndarray) -> None:
+        """Look at one stretch of the body, int [t]. n-grams across two stretches are not seen: overlap them by n - 1."""
+        hashes = ngram_hashes(tokens, self.n)
+        hashes = hashes[self._filter[self._slots(hashes)]]
+        if not len(hashes) or not len(self._all):
+            return
+        place = np.minimum(np.searchsorted(self._all, hashes), len(self._all) - 1)
+        self._found[place[self._all[place] == hashes]] = True
+
+    def shares(self) -> np.ndarray:
+        """Share of each window's distinct n-grams found so far, float [windows]; 0 for windows shorter than n."""
+        shares = np.zeros(len(self._hashes))
+        for i, hashes in enumerate(self._hashes):
+            if len(hashes):
+                shares[i] = self._found[np.searchsorted(self._all, hashes)].mean()
+        return shares
+
+
+def chunks(documents: Iterable[np.ndarray], size: int = 1 << 20) -> Iterable[np.ndarray]:
+    """Join documents into stretches of about `size` tokens. An n-gram across a border holds an end-of-document mark, so it matches nothing."""
+    held: list[np.ndarray] = []
+    total = 0
+    for document in documents:
+        held.append(document)
+        total += len(document)
+        if total >= size:
+            yield np.concatenate(held)
+            held, total = [], 0
+    if held:
+        yield np.concatenate(held)

@@ -1,0 +1,131 @@
+"""Probe stage: ShardSet -> one held-out probe set per capability.
+
+A probe set stands for a capability (arXiv 2509.24945 v1, section 5.1: D^P_C, D^P_M, D^P_K, never benchmarks). The paper
+sieves with a classifier and a language-model judge; here the rules are simple and honest: length, duplicates, overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from megatron_r1.artifacts.base import Artifact, Workspace
+from megatron_r1.artifacts.probe import PROBE_FILE, CapabilityProbe, ProbeDocument, ProbeSet
+from megatron_r1.data.shards import ShardSet
+from megatron_r1.probe.config import ProbeConfig
+from megatron_r1.probe.overlap import chunks
+from megatron_r1.probe.sieves import SourceSieve, draw, drop_duplicates, drop_overlap
+from megatron_r1.utils.errors import ConfigError, DataError
+from megatron_r1.utils.logging import get_logger, progress
+
+SPLIT = "probe"
+HELD_OUT = ("test", "control")
+log = get_logger(__name__)
+
+
+def run(config: ProbeConfig, inputs: Mapping[str, Any], work: Workspace) -> Artifact:
+    """Pick the probe windows and write `probe.json`.
+
+    Raises DataError when a sieve leaves a source empty or a probe document is found in training, ConfigError when no
+    source of a capability exists in the shards.
+    """
+    shards = ShardSet.open(inputs["shards"])
+    present = _present(config, shards)
+    sieves = sift(config, shards, sorted({source for sources in present.values() for source in sources}))
+    capabilities = {name: _compose(config, name, present[name], sieves) for name in config.capabilities}
+    checks = _check_disjoint(shards, capabilities)
+    probe = ProbeSet(
+        capabilities=capabilities, shards=inputs["shards"].fingerprint, tokenizer=shards.tokenizer.sha256,
+        tokens_per_document=config.tokens_per_document, checks=checks,
+    ).sealed(shards)
+    probe.save(work.path / PROBE_FILE)
+    summary = {
+        "documents": {name: len(found.documents) for name, found in capabilities.items()},
+        "tokens": {name: sum(document.n_tokens - 1 for document in found.documents) for name, found in capabilities.items()},
+        "sha256": probe.sha256,
+    }
+    return work.complete(summary)
+
+
+def _present(config: ProbeConfig, shards: ShardSet) -> dict[str, dict[str, float]]:
+    """Sources of each capability that the shards hold; the others are named aloud."""
+    present = {}
+    for name, capability in config.capabilities.items():
+        present[name] = {source: share for source, share in capability.sources.items() if source in shards.sources}
+        missing = sorted(set(capability.sources) - set(present[name]))
+        if missing:
+            log.warning("probe %s: the shards hold no %s; the capability is probed without", name, ", ".join(missing))
+        if not present[name]:
+            raise ConfigError(
+                expected=f"at least one source of capability {name!r} among the shards",
+                found=f"none of {', '.join(sorted(capability.sources))}; the shards hold {', '.join(sorted(shards.sources))}",
+                fix=f"name sources the corpus step makes under capabilities.{name}.sources",
+            )
+    return present
+
+
+def sift(config: ProbeConfig, shards: ShardSet, sources: list[str]) -> dict[str, SourceSieve]:
+    """Apply every rule to every source, in the order draw, length, duplicates, overlap with training, with held-out documents."""
+    sieves = [draw(config, source, shards.split(source, SPLIT)) for source in sources]
+    drop_duplicates(config, sieves)
+    for name, splits in (("overlap with training", ("train",)), ("overlap with held-out", HELD_OUT)):
+        total = sum(shards.split(source, split).n_tokens for source in shards.sources for split in splits)
+        with progress(f"probe: {name}", total) as bar:
+            drop_overlap(config, sieves, name, _stretches(shards, splits), bar.advance)
+    return {sieve.source: sieve for sieve in sieves}
+
+
+def _stretches(shards: ShardSet, splits: tuple[str, ...]) -> Iterator[np.ndarray]:
+    for source in shards.sources:
+        for split in splits:
+            shard = shards.split(source, split)
+            yield from chunks(np.asarray(shard.tokens(i)) for i in range(len(shard)))
+
+
+def allocate(total: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """Split `total` documents by `shares`, largest remainders first; every source gets at least one when there are enough."""
+    whole = sum(shares.values())
+    exact = {name: total * share / whole for name, share in shares.items()}
+    counts = {name: int(value) for name, value in exact.items()}
+    by_rest = sorted(shares, key=lambda name: (counts[name] - exact[name], name))
+    for name in by_rest[: total - sum(counts.values())]:
+        counts[name] += 1
+    for name in [name for name, count in counts.items() if count == 0][: max(total - len(shares), 0)]:
+        counts[max(counts, key=lambda other: (counts[other], other))] -= 1
+        counts[name] = 1
+    return counts
+
+
+def _compose(config: ProbeConfig, name: str, shares: Mapping[str, float], sieves: Mapping[str, SourceSieve]) -> CapabilityProbe:
+    documents, short, records = [], {}, []
+    for source, count in allocate(config.documents, shares).items():
+        survivors = sieves[source].left
+        if len(survivors) < count:
+            short[source] = count - len(survivors)
+            log.warning("probe %s: %s has %d usable windows, %d were asked for", name, source, len(survivors), count)
+        records += sieves[source].records
+        documents += [
+            ProbeDocument(source=source, split=SPLIT, index=c.index, id=c.id, start=c.start, n_tokens=len(c.tokens)) for c in survivors[:count]
+        ]
+    log.info("probe %s: %d windows from %s", name, len(documents), ", ".join(shares))
+    missing = sorted(set(config.capabilities[name].sources) - set(shares))
+    return CapabilityProbe(documents=documents, sieves=records, missing=missing, short=short)
+
+
+def _check_disjoint(shards: ShardSet, capabilities: Mapping[str, CapabilityProbe]) -> dict[str, int]:
+    """Verify what the split promises: no probe document is a training document. Raises DataError."""
+    picked: dict[str, set[str]] = {}
+    for probe in capabilities.values():
+        for document in probe.documents:
+            picked.setdefault(document.source, set()).add(document.id)
+    collisions = {source: sorted(ids & set(shards.split(source, "train").ids)) for source, ids in picked.items()}
+    found = {source: ids for source, ids in collisions.items() if ids}
+    if found:
+        source, ids = next(iter(found.items()))
+        raise DataError(
+            expected="probe documents that are not in the training split", found=f"{len(ids)} of {source!r} are in both, such as {ids[0]!r}",
+            fix="make the shards again: document ids must be unique within a source",
+        )
+    return {"document ids also in training": 0}
