@@ -1,1 +1,1 @@
-"""L3 stage: one self-contained page about a run."""
+"""Stage `report`: one self-contained HTML page, figures and tables that show what a run did and whether it worked."""

@@ -1,0 +1,214 @@
+"""Reads the artifacts of a run into plain records. Knows the file formats (docs/artifacts.md); draws and judges nothing.
+
+A part that is not among the inputs is simply not in the result. A part that is there but damaged raises ArtifactError.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from megatron_r1.artifacts.base import Artifact, Parent
+from megatron_r1.artifacts.checkpoint import CheckpointSet
+from megatron_r1.artifacts.influence import Cell as StoredCell
+from megatron_r1.artifacts.influence import InfluenceTable
+from megatron_r1.artifacts.mixture import load_mixture
+from megatron_r1.artifacts.probe import load_probe
+from megatron_r1.model.config import ModelConfig
+from megatron_r1.report.records import (
+    Cell,
+    Corpus,
+    Evaluated,
+    Exported,
+    Influence,
+    MixtureView,
+    Probe,
+    Result,
+    Run,
+    Source,
+    Split,
+    Step,
+    Trained,
+    depths,
+)
+from megatron_r1.utils.errors import ArtifactError
+
+
+
+def collect(artifacts: Iterable[Artifact]) -> Run:
+    """Read every artifact. Raises ArtifactError when a payload lacks a field this release writes."""
+    by_name = {artifact.name: artifact for artifact in artifacts}  # two steps with equal settings share a fingerprint
+    steps = tuple(_step(artifact) for artifact in by_name.values())
+    depth = depths(steps)
+    order = sorted(by_name.values(), key=lambda a: (depth[a.name], a.manifest.created, a.name))
+    place = {artifact.name: i for i, artifact in enumerate(order)}
+    ordered = tuple(sorted(steps, key=lambda step: place[step.name]))
+
+    def every(kind: str, read: Callable[[Artifact, Step], Any]) -> tuple[Any, ...]:
+        return tuple(_guarded(read, a, ordered[place[a.name]]) for a in order if a.kind == kind)
+
+    known = {"shards", "probe", "influence", "mixture", "checkpoint", "evaluation", "export"}
+    return Run(
+        steps=ordered,
+        corpora=every("shards", _corpus),
+        probes=every("probe", _probe),
+        influences=every("influence", _influence),
+        mixtures=every("mixture", _mixture),
+        trained=every("checkpoint", _trained),
+        evaluated=every("evaluation", _evaluated),
+        exported=every("export", _exported),
+        others=tuple(a.name for a in order if a.kind not in known),
+    )
+
+
+def _guarded(read: Callable[[Artifact, Step], Any], artifact: Artifact, step: Step) -> Any:
+    """A missing or mistyped field means another release wrote the artifact: say which artifact and which field."""
+    try:
+        return read(artifact, step)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ArtifactError(
+            expected=f"a {artifact.kind} artifact in the format of this release at {artifact.path}",
+            found=f"{type(error).__name__}: {error}",
+            fix=f"make the step {artifact.name!r} again with this release, or leave it out of the report's inputs",
+        ) from error
+
+
+def _step(artifact: Artifact) -> Step:
+    manifest = artifact.manifest
+    parents: list[tuple[str, str, str]] = []
+    for role, value in manifest.parents.items():
+        items: list[Parent] = value if isinstance(value, list) else [value]
+        parents += [(role, item.name, item.fingerprint) for item in items]
+    return Step(
+        name=manifest.name,
+        kind=manifest.kind,
+        fingerprint=manifest.fingerprint,
+        parents=tuple(parents),
+        created=manifest.created,
+        seconds=manifest.seconds,
+        command=manifest.command,
+        config=manifest.config,
+        machine=manifest.machine,
+        versions=manifest.versions,
+        files=len(manifest.files),
+        bytes=sum(record.bytes for record in manifest.files.values()),
+        summary=manifest.summary,
+    )
+
+
+def _corpus(artifact: Artifact, step: Step) -> Corpus:
+    records = artifact.json("sources.json")
+    items = records.get("sources", records) if isinstance(records, dict) else records
+    named = items.items() if isinstance(items, dict) else [(item["name"], item) for item in items]
+    sources = tuple(
+        Source(
+            name=name,
+            domain=record["domain"],
+            distractor=bool(record["distractor"]),
+            format=record.get("format", "text"),
+            splits={split: Split(int(s["documents"]), int(s["tokens"]), int(s["bytes"])) for split, s in record["splits"].items()},
+            origin=record.get("origin") or {},
+            dropped={reason: int(count) for reason, count in (record.get("dropped") or {}).items()},
+        )
+        for name, record in named
+    )
+    info = "tokenizer/tokenizer_info.json"
+    tokenizer = artifact.json(info) if info in artifact.manifest.files else {}
+    quarantined = 0
+    for relative in artifact.manifest.files:
+        if relative.startswith("quarantine/"):
+            with artifact.file(relative).open("rb") as lines:
+                quarantined += sum(1 for line in lines if line.strip())
+    return Corpus(step=step.name, sources=sources, tokenizer=tokenizer, quarantined=quarantined)
+
+
+def _probe(artifact: Artifact, step: Step) -> Probe:
+    capabilities = load_probe(artifact).capabilities
+    return Probe(
+        step=step.name,
+        documents={name: dict(Counter(d.source for d in probe.documents)) for name, probe in capabilities.items()},
+        tokens={name: sum(d.n_tokens for d in probe.documents) for name, probe in capabilities.items()},
+        sieves={name: tuple((s.name, s.source, s.entered, s.left) for s in p.sieves) for name, p in capabilities.items()},
+    )
+
+
+def _mixture(artifact: Artifact, step: Step) -> MixtureView:
+    mixture = load_mixture(artifact)
+    return MixtureView(
+        step=step.name,
+        method=mixture.method,
+        weights=mixture.weights,
+        intervals=mixture.intervals,
+        natural=mixture.natural,
+        uniform=mixture.uniform,
+        clipped=tuple(mixture.clipped),
+        harmful=tuple(mixture.harmful),
+        epochs=mixture.epochs,
+        floor=mixture.floor,
+        confidence=mixture.confidence,
+    )
+
+
+def _trained(artifact: Artifact, step: Step) -> Trained:
+    checkpoints = CheckpointSet.open(artifact)
+    model = ModelConfig.model_validate(checkpoints.model)
+    return Trained(
+        step=step.name,
+        objective=checkpoints.manifest.objective,
+        parameters=model.parameters(),
+        layers=model.num_layers,
+        width=model.hidden_size,
+        tokens=checkpoints.manifest.tokens,
+        optimizer_steps=checkpoints.manifest.steps,
+        metrics=tuple(checkpoints.metrics()),
+        mixture=step.parent("mixture"),
+        start=step.parent("checkpoint"),
+        teacher=step.parent("teacher"),
+    )
+
+
+def _influence(artifact: Artifact, step: Step) -> Influence:
+    record = InfluenceTable.open(artifact).record
+    return Influence(
+        step=step.name,
+        model=step.parent("checkpoint"),
+        capabilities=tuple(record.capabilities),
+        checkpoints=tuple((c.step, c.alpha) for c in record.checkpoints),
+        cells={source: {name: _cell(cell) for name, cell in row.items()} for source, row in record.sources.items()},
+        joint={source: _cell(cell) for source, cell in record.joint.items()},
+        normalise=record.normalise,
+        preconditioner=record.preconditioner,
+        confidence=record.confidence,
+        covers=tuple(record.interval_covers),
+        reliability=record.reliability,
+        validity=record.validity,
+        notes=tuple(record.notes),
+    )
+
+
+def _cell(cell: StoredCell) -> Cell:
+    return Cell(cell.mean, *cell.interval, documents=cell.documents, ess=cell.ess, positive=cell.positive)
+
+
+def _evaluated(artifact: Artifact, step: Step) -> Evaluated:
+    results = tuple(
+        Result(
+            task=r["task"],
+            group=r["group"],
+            metric=r["metric"],
+            value=float(r["value"]),
+            n=int(r["n"]),
+            low=float(r["low"]),
+            high=float(r["high"]),
+            higher_is_better=bool(r["higher_is_better"]),
+            chance=None if r.get("chance") is None else float(r["chance"]),
+            note=r.get("note") or "",
+        )
+        for r in artifact.json("evaluation.json")["results"]
+    )
+    return Evaluated(step=step.name, model=step.parent("checkpoint"), results=results)
+
+
+def _exported(artifact: Artifact, step: Step) -> Exported:
+    return Exported(step=step.name, model=step.parent("checkpoint"), parity=artifact.json("parity.json"))

@@ -1,0 +1,324 @@
+"""Turns a run, its figures and verdicts into one HTML page that loads nothing from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from megatron_r1.report import figures
+from megatron_r1.report.figures import Figure
+from megatron_r1.report.graph import draw_arc
+from megatron_r1.report.records import Evaluated, Influence, Result, Run, Source, Step
+from megatron_r1.report.text import count, duration, percent, plural, signed, significant, size
+from megatron_r1.report.verdicts import Pair, Verdict, equal_budget_pairs, is_control
+
+TEMPLATES = Path(__file__).parent / "templates"
+OBJECTIVES = {"next_token": "next token", "distill": "distillation", "sft": "fine-tuning"}
+DOMAIN_ORDER = ("code", "math", "maths", "knowledge", "science", "web", "chat", "noise")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """All figures of a run by part of the page."""
+
+    influence: Mapping[str, Figure]
+    mixture: Mapping[str, Figure]
+    probe_loss: Sequence[tuple[Pair, list[Figure]]]
+    loss: Sequence[Figure]
+    rankme: Figure | None
+    evaluation: Sequence[Figure]
+
+    def __iter__(self):  # noqa: ANN204 - an iterator of Figure
+        yield from self.influence.values()
+        yield from self.mixture.values()
+        for _, panels in self.probe_loss:
+            yield from panels
+        yield from self.loss
+        if self.rankme is not None:
+            yield self.rankme
+        yield from self.evaluation
+
+
+def draw_all(run: Run, points: int) -> Drawn:
+    """Every figure the run has data for."""
+    noise = run.distractors
+    evaluation = [figures.evaluation_dots(run.evaluated, share) for share in (True, False)]
+    return Drawn(
+        influence={i.step: figures.influence_map(i, source_order(run, i.cells), noise) for i in run.influences},
+        mixture={m.step: figures.mixture_bars(m, noise) for m in run.mixtures if m.method not in ("uniform", "natural")},
+        probe_loss=[(pair, figures.probe_curves(pair, points)) for pair in equal_budget_pairs(run) if pair.capabilities],
+        loss=[f for f in (figures.loss_curve(t, points) for t in run.trained) if f is not None],
+        rankme=figures.rankme_curves(run.trained, points),
+        evaluation=[f for f in evaluation if f is not None],
+    )
+
+
+def source_order(run: Run, names: Mapping[str, Any]) -> list[str]:
+    """Sources grouped by domain, distractors last."""
+    sources = run.sources
+
+    def key(name: str) -> tuple:
+        source = sources.get(name)
+        domain = source.domain if source else ""
+        place = DOMAIN_ORDER.index(domain) if domain in DOMAIN_ORDER else len(DOMAIN_ORDER)
+        return (bool(source and source.distractor), place, domain, name)
+
+    return sorted(names, key=key)
+
+
+def render(run: Run, verdicts: Sequence[Verdict], drawn: Drawn, title: str, own: Step) -> str:
+    """The page. `own` is the report's box in the arc. Deterministic: same artifacts, same bytes (no clock, no host)."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        "count": count, "size": size, "duration": duration, "percent": percent, "sig": significant, "plural": plural,
+        "figure": _figure,
+    }  # fmt: skip
+    held = sum(v.status == "ok" for v in verdicts)
+    tested = sum(v.status != "absent" for v in verdicts)
+    context = {
+        "title": title,
+        "css": Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        "run": run,
+        "drawn": drawn,
+        "verdicts": verdicts,
+        "held": held,
+        "tested": tested,
+        "summary": summary(run),
+        "arc": Markup(draw_arc([*run.steps, own], "Graph of the run's steps; the table under Provenance lists the same links")),
+        "corpora": [corpus_rows(run, c.sources) for c in run.corpora],
+        "heat": [heat_map(run, i) for i in run.influences],
+        "evaluation": evaluation_table(run.evaluated),
+        "speeds": speed_rows(run),
+        "objectives": OBJECTIVES,
+        "absent": absent_parts(run),
+        "machines": _distinct(dict(s.machine) for s in run.steps),
+        "versions": _distinct(dict(s.versions) for s in run.steps),
+        "seconds": sum(s.seconds for s in run.steps),
+        "parity": [(e, parity_rows(e.parity)) for e in run.exported],
+    }
+    return environment.get_template("report.html.j2").render(context)
+
+
+def _figure(figure: Figure, wide: bool = False) -> Markup:
+    """A figure with a spoken description; scrolls sideways on a narrow screen instead of shrinking to nothing."""
+    klass = "figure wide" if wide else "figure"
+    return Markup('<div class="{}" role="img" aria-label="{}"><div style="--w:{}px">{}</div></div>').format(
+        klass, figure.alt, figure.width, Markup(figure.svg)
+    )
+
+
+def summary(run: Run) -> str:
+    """What happened, in plain sentences, from the artifacts alone."""
+    parts = []
+    if run.corpora:
+        sources = run.sources
+        real = [s for s in sources.values() if not s.distractor]
+        tokens = sum(s.total("tokens") for s in sources.values())
+        noise = f" and {plural(len(run.distractors), 'planted distractor')}" if run.distractors else ""
+        parts.append(f"{plural(len(real), 'real corpus', 'real corpora')}{noise} ({count(tokens)} tokens) were cut into training, probe and test documents.")
+    if run.influences:
+        first = run.influences[0]
+        parts.append(
+            f"Gradient influence measured what their documents do for {_list(first.capabilities)}"
+            + (", and the scores became the training mixture." if any(m.method == "influence" for m in run.mixtures) else ".")
+        )
+    student = [t for t in run.trained if not any(o.teacher == t.step for o in run.trained)]
+    if student:
+        last = student[-1]
+        lineage = _lineage(run, last.step)
+        parts.append(f"A model of {count(last.parameters)} parameters went through {plural(len(lineage), 'training step')} ({', '.join(lineage)}).")
+    if teachers := list(dict.fromkeys(t.teacher for t in run.trained if t.teacher)):
+        known = [run.training(name) for name in teachers]
+        sizes = ", ".join(f"{t.step} with {count(t.parameters)} parameters" for t in known if t)
+        parts.append(f"Its teacher in distillation is a larger model trained in this same run ({sizes}), not a published one." if sizes else "")
+    if run.exported:
+        parts.append("The result was exported as a Hugging Face folder and compared with the trained weights.")
+    return " ".join(part for part in parts if part) or "The inputs hold no stage that this page knows how to summarise."
+
+
+def _lineage(run: Run, name: str) -> list[str]:
+    chain: list[str] = []
+    current = run.training(name)
+    while current is not None and current.step not in chain:
+        chain.insert(0, current.step)
+        current = run.training(current.start)
+    return chain
+
+
+def _list(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def corpus_rows(run: Run, sources: Sequence[Source]) -> list[tuple[Source, str]]:
+    """Sources in page order, each with its provenance as one line."""
+    by_name = {s.name: s for s in sources}
+    return [(by_name[name], origin_text(by_name[name].origin)) for name in source_order(run, by_name)]
+
+
+def origin_text(origin: Mapping[str, Any]) -> str:
+    """`package version, licence` where known; otherwise whatever short facts there are."""
+    package, version, licence = origin.get("package"), origin.get("version"), origin.get("license") or origin.get("licence")
+    head = f"{package} {version}" if package and version else str(package or "")
+    known = ", ".join(str(part) for part in (head, licence) if part)
+    if known:
+        return known
+    short = [str(v) for k, v in origin.items() if isinstance(v, (str, int, float)) and len(str(v)) <= 80 and "sha" not in k]
+    return ", ".join(short[:3])
+
+
+def heat_map(run: Run, influence: Influence) -> dict[str, Any]:
+    """The heat map as a table: one record a row, a cell's `tone` in [-1, 1] sets its colour."""
+    scale, unit = figures.influence_scale(influence)
+    top = figures.largest(influence) or 1.0
+    rows = []
+    for source in source_order(run, influence.cells):
+        cells = []
+        for capability in influence.capabilities:
+            cell = influence.cells[source].get(capability)
+            if cell is None:
+                cells.append(None)
+                continue
+            decimals = figures.decimals_for(scale, cell)
+            cells.append(
+                {
+                    "mean": signed(cell.mean / scale, decimals),
+                    "low": signed(cell.low / scale, decimals),
+                    "high": signed(cell.high / scale, decimals),
+                    "tone": round(figures.tone(cell, top), 3),
+                    "cell": cell,
+                }
+            )
+        positive = [c["cell"].positive for c in cells if c]
+        documents = max((c["cell"].documents for c in cells if c), default=0)
+        effective = min((c["cell"].ess for c in cells if c), default=0.0)
+        rows.append(
+            {
+                "source": source,
+                "distractor": source in run.distractors,
+                "cells": cells,
+                "positive": sum(positive) / len(positive) if positive else None,
+                "documents": documents,
+                "ess": effective,
+            }
+        )
+    reliability = {k: v for k, v in influence.reliability.items() if v is not None}
+    return {"influence": influence, "unit": unit, "rows": rows, "reliability": reliability, "validity": validity_text(influence.validity)}
+
+
+def validity_text(validity: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """The receipt's plain figures as (name, value) lines; nested records are left to influence.json."""
+    lines = []
+    for key, value in (validity or {}).items():
+        if isinstance(value, bool) or value is None:
+            continue
+        if isinstance(value, float):
+            lines.append((key.replace("_", " "), significant(value)))
+        elif isinstance(value, (int, str)):
+            lines.append((key.replace("_", " "), str(value)))
+        elif isinstance(value, Mapping) and value and all(isinstance(v, (int, float)) for v in value.values()):
+            lines.append((key.replace("_", " "), ", ".join(f"{k} {significant(float(v))}" for k, v in value.items())))
+    return lines
+
+
+def evaluation_table(evaluated: Sequence[Evaluated]) -> dict[str, Any]:
+    """Rows = tasks in order of first appearance, columns = models."""
+    columns = [e.model or e.step for e in evaluated]
+    by_key = [{r.key: r for r in e.results} for e in evaluated]
+    keys = list(dict.fromkeys(key for results in by_key for key in results))
+    rows = []
+    for key in keys:
+        results = [results.get(key) for results in by_key]
+        sample = next(r for r in results if r is not None)
+        rows.append({"first": sample, "cells": [_score(r) for r in results], "n": _range([r.n for r in results if r]), "control": is_control(sample)})
+    return {"columns": columns, "rows": rows, "notes": [(r["first"].task, r["first"].note) for r in rows if r["first"].note]}
+
+
+def _score(result: Result | None) -> dict[str, str] | None:
+    if result is None:
+        return None
+    if figures.is_share(result):
+        value, low, high = (f"{100 * v:.1f}" for v in (result.value, result.low, result.high))
+        return {"value": f"{value} %", "interval": f"{low} to {high}"}
+    return {"value": f"{result.value:.3f}", "interval": f"{result.low:.3f} to {result.high:.3f}"}
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def speed_rows(run: Run) -> list[dict[str, Any]]:
+    """Time of every step, and speed where tokens were processed."""
+    rows = []
+    for step in run.steps:
+        trained = run.training(step.name)
+        rows.append(
+            {
+                "step": step,
+                "tokens": trained.tokens if trained else None,
+                "speed": trained.tokens_per_second if trained else _number(step.summary.get("tokens_per_second")),
+                "memory": _number(step.summary.get("peak_memory_bytes")),
+            }
+        )
+    return rows
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else None
+
+
+def parity_rows(parity: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """The proof's facts as lines; nested records become dotted names, lists are counted."""
+    rows: list[tuple[str, str]] = []
+    for key, value in parity.items():
+        name = f"{prefix}{key.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            rows += parity_rows(value, f"{name}: ")
+        elif isinstance(value, bool):
+            rows.append((name, "yes" if value else "no"))
+        elif isinstance(value, (list, tuple)):
+            rows.append((name, plural(len(value), "entry", "entries")))
+        elif isinstance(value, float):
+            rows.append((name, f"{value:.2e}" if value and abs(value) < 1e-3 else significant(value)))
+        elif value is not None:
+            rows.append((name, str(value)))
+    return rows
+
+
+def absent_parts(run: Run) -> list[str]:
+    """Parts of a full run that the inputs do not hold."""
+    parts = {
+        "corpora": run.corpora, "probe sets": run.probes, "influence tables": run.influences, "mixtures": run.mixtures,
+        "training steps": run.trained, "evaluations": run.evaluated, "exports": run.exported,
+    }  # fmt: skip
+    return [name for name, found in parts.items() if not found]
+
+
+def _distinct(records: Any) -> list[tuple[dict[str, Any], int]]:
+    """Different records with how often each occurs, most frequent first."""
+    found: list[list[Any]] = []
+    for record in records:
+        for entry in found:
+            if entry[0] == record:
+                entry[1] += 1
+                break
+        else:
+            found.append([record, 1])
+    return [(record, times) for record, times in sorted(found, key=lambda entry: -entry[1])]
+
+
+def own_step(name: str, fingerprint: str, steps: Sequence[Step]) -> Step:
+    """The report itself as the last box of the arc; its time is not known while it is written (negative = none)."""
+    parents = tuple(("artifacts", s.name, s.fingerprint) for s in steps)
+    return Step(name, "report", fingerprint, parents, "", -1.0, "", {"stage": "report"}, {}, {}, 0, 0, {})

@@ -1,0 +1,290 @@
+"""What the report knows about a run, as plain records: no files, no drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """One artifact of the run. `parents`: (input role, step name, fingerprint)."""
+
+    name: str
+    kind: str
+    fingerprint: str
+    parents: tuple[tuple[str, str, str], ...]
+    created: str
+    seconds: float
+    command: str
+    config: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    files: int
+    bytes: int
+    summary: Mapping[str, Any]
+
+    @property
+    def stage(self) -> str:
+        """Stage that made it; the kind when the settings do not say."""
+        return str(self.config.get("stage") or self.kind)
+
+    def parent(self, *roles: str) -> str | None:
+        """Name of the first parent that has one of these roles."""
+        return next((name for wanted in roles for role, name, _ in self.parents if role == wanted), None)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Size of one split of a source."""
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """One corpus of a shard set. `origin` is free-form provenance: package, version, licence, ..."""
+
+    name: str
+    domain: str
+    distractor: bool
+    format: str
+    splits: Mapping[str, Split]
+    origin: Mapping[str, Any]
+    dropped: Mapping[str, int]
+
+    def total(self, what: str) -> int:
+        """Sum over splits of "documents", "tokens" or "bytes"."""
+        return sum(getattr(split, what) for split in self.splits.values())
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One shard set."""
+
+    step: str
+    sources: tuple[Source, ...]
+    tokenizer: Mapping[str, Any]
+    quarantined: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Held-out probe documents. `documents[capability][source]` counts them; `sieves` holds (rule, source, in, out)."""
+
+    step: str
+    documents: Mapping[str, Mapping[str, int]]
+    tokens: Mapping[str, int]
+    sieves: Mapping[str, tuple[tuple[str, str, int, int], ...]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean benefit per token of one source for one capability, with its interval. `positive`: share of documents above 0."""
+
+    mean: float
+    low: float
+    high: float
+    documents: int
+    ess: float
+    positive: float
+
+
+@dataclass(frozen=True)
+class Influence:
+    """One influence table: `cells[source][capability]` and, over all capabilities, `joint[source]`.
+
+    `checkpoints`: (optimizer step, weight). `reliability`: split-half, per capability and "joint".
+    """
+
+    step: str
+    model: str | None
+    capabilities: tuple[str, ...]
+    checkpoints: tuple[tuple[int, float], ...]
+    cells: Mapping[str, Mapping[str, Cell]]
+    joint: Mapping[str, Cell]
+    normalise: str
+    preconditioner: str
+    confidence: float
+    covers: tuple[str, ...]
+    reliability: Mapping[str, float | None]
+    validity: Mapping[str, Any] | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MixtureView:
+    """One mixture with what it is compared to."""
+
+    step: str
+    method: str
+    weights: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]] | None
+    natural: Mapping[str, float]
+    uniform: Mapping[str, float]
+    clipped: tuple[str, ...]
+    harmful: tuple[str, ...]
+    epochs: Mapping[str, float]
+    floor: float
+    confidence: float | None
+
+    @property
+    def is_uniform(self) -> bool:
+        """True for the baseline that weighs every source alike."""
+        return self.method == "uniform"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One training step. `metrics` are the records of metrics.jsonl in order; `tokens` counts this step's alone."""
+
+    step: str
+    objective: str
+    parameters: int
+    layers: int
+    width: int
+    tokens: int
+    optimizer_steps: int
+    metrics: tuple[Mapping[str, Any], ...]
+    mixture: str | None
+    start: str | None
+    teacher: str | None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Median speed over the logged steps."""
+        speeds = sorted(float(r["tokens_per_second"]) for r in self.metrics if r.get("tokens_per_second"))
+        return speeds[len(speeds) // 2] if speeds else None
+
+    def curve(self, key: str) -> list[tuple[int, float]]:
+        """(tokens, value) for a top-level metric."""
+        return [(int(r["tokens"]), float(r[key])) for r in self.metrics if r.get(key) is not None]
+
+    def probe_curve(self, capability: str) -> list[tuple[int, float]]:
+        """(tokens, loss in nats per token) on the held-out probe text of a capability."""
+        points = []
+        for record in self.metrics:
+            value = probe_loss(record.get("validation"), capability)
+            if value is not None:
+                points.append((int(record["tokens"]), value))
+        return points
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """Capabilities with a probe loss in this step's metrics, in order of appearance."""
+        seen: dict[str, None] = {}
+        for record in self.metrics:
+            for name in record.get("validation") or {}:
+                if name.startswith(PROBE_CURVE):
+                    seen.setdefault(name.removeprefix(PROBE_CURVE), None)
+        return tuple(seen)
+
+
+PROBE_CURVE = "probe/"
+
+
+def probe_loss(validation: Mapping[str, float] | None, capability: str) -> float | None:
+    """Loss of one capability in a record's `validation` field, or None."""
+    value = (validation or {}).get(PROBE_CURVE + capability)
+    return None if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of an evaluation."""
+
+    task: str
+    group: str
+    metric: str
+    value: float
+    n: int
+    low: float
+    high: float
+    higher_is_better: bool
+    chance: float | None
+    note: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies the same measurement on another model."""
+        return (self.task, self.metric)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation of one model."""
+
+    step: str
+    model: str | None
+    results: tuple[Result, ...]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One export with its parity proof as stored."""
+
+    step: str
+    model: str | None
+    parity: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the page can show. Every tuple is in the order in which the steps depend on each other."""
+
+    steps: tuple[Step, ...]
+    corpora: tuple[Corpus, ...] = ()
+    probes: tuple[Probe, ...] = ()
+    influences: tuple[Influence, ...] = ()
+    mixtures: tuple[MixtureView, ...] = ()
+    trained: tuple[Trained, ...] = ()
+    evaluated: tuple[Evaluated, ...] = ()
+    exported: tuple[Exported, ...] = ()
+    others: tuple[str, ...] = field(default=())
+
+    def step(self, name: str) -> Step:
+        """The step of that name."""
+        return next(step for step in self.steps if step.name == name)
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Every source by name; a later shard set of the same source name does not replace an earlier one."""
+        found: dict[str, Source] = {}
+        for corpus in self.corpora:
+            for source in corpus.sources:
+                found.setdefault(source.name, source)
+        return found
+
+    @property
+    def distractors(self) -> tuple[str, ...]:
+        """Names of the planted distractor sources."""
+        return tuple(name for name, source in self.sources.items() if source.distractor)
+
+    def training(self, name: str | None) -> Trained | None:
+        """The training step of that name."""
+        return next((t for t in self.trained if t.step == name), None)
+
+    def mixture(self, name: str | None) -> MixtureView | None:
+        """The mixture of that name."""
+        return next((m for m in self.mixtures if m.step == name), None)
+
+    def evaluation_of(self, model: str | None) -> Evaluated | None:
+        """The evaluation of the model trained in that step."""
+        return next((e for e in self.evaluated if e.model == model), None) if model else None
+
+
+def depths(steps: tuple[Step, ...]) -> dict[str, int]:
+    """Length of the longest chain of steps that leads to each step (0 for a step without parents in the list)."""
+    by_name = {step.name: step for step in steps}
+    found: dict[str, int] = {}
+
+    def depth(name: str) -> int:
+        if name not in found:
+            found[name] = 0  # a cycle cannot occur between immutable artifacts; this only bounds the recursion
+            found[name] = max((depth(parent) + 1 for _, parent, _ in by_name[name].parents if parent in by_name), default=0)
+        return found[name]
+
+    return {step.name: depth(step.name) for step in steps}

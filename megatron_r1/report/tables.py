@@ -1,0 +1,119 @@
+"""The numbers behind the page as CSV tables, unrounded, one per figure or table shown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_r1.report.records import Run
+from megatron_r1.report.verdicts import Verdict, equal_budget_pairs
+
+
+@dataclass(frozen=True)
+class Table:
+    """One CSV file."""
+
+    name: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+    def csv(self) -> str:
+        """The file's content: a header line, then the rows; None becomes an empty field."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows(("" if value is None else value for value in row) for row in self.rows)
+        return text.getvalue()
+
+
+def tables(run: Run, verdicts: Sequence[Verdict]) -> list[Table]:
+    """Every table that has at least one row."""
+    found = [
+        _verdicts(verdicts), _corpora(run), _probes(run), _influence(run), _mixtures(run), _probe_loss(run), _metrics(run),
+        _evaluation(run), _artifacts(run),
+    ]  # fmt: skip
+    return [table for table in found if table.rows]
+
+
+def _table(name: str, columns: str, rows: Iterable[tuple[Any, ...]]) -> Table:
+    return Table(name, tuple(columns.split()), tuple(rows))
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> Table:
+    return _table("verdicts", "key status claim detail", ((v.key, v.status, v.claim, v.detail) for v in verdicts))
+
+
+def _corpora(run: Run) -> Table:
+    rows = (
+        (c.step, s.name, s.domain, s.distractor, s.format, split, n.documents, n.tokens, n.bytes, s.origin.get("package"), s.origin.get("version"), s.origin.get("license"))
+        for c in run.corpora
+        for s in c.sources
+        for split, n in s.splits.items()
+    )
+    return _table("corpora", "step source domain distractor format split documents tokens bytes package version license", rows)
+
+
+def _probes(run: Run) -> Table:
+    rows = (
+        (p.step, capability, rule, source, entered, left)
+        for p in run.probes
+        for capability, sieves in p.sieves.items()
+        for rule, source, entered, left in sieves
+    )
+    return _table("probe_sieves", "step capability rule source documents_in documents_out", rows)
+
+
+def _influence(run: Run) -> Table:
+    rows = (
+        (i.step, source, capability, cell.mean, cell.low, cell.high, cell.documents, cell.ess, cell.positive)
+        for i in run.influences
+        for source, row in i.cells.items()
+        for capability, cell in [*row.items(), *([("joint", i.joint[source])] if source in i.joint else [])]
+    )
+    return _table("influence", "step source capability mean low high documents effective_documents share_positive", rows)
+
+
+def _mixtures(run: Run) -> Table:
+    rows = (
+        (m.step, m.method, source, weight, *((m.intervals or {}).get(source, (None, None))), m.natural.get(source), m.uniform.get(source), m.epochs.get(source), source in m.clipped)
+        for m in run.mixtures
+        for source, weight in m.weights.items()
+    )
+    return _table("mixtures", "step method source weight low high natural uniform epochs clipped", rows)
+
+
+def _probe_loss(run: Run) -> Table:
+    rows = (
+        (pair.tested.step, which, trained.step, capability, tokens, loss)
+        for pair in equal_budget_pairs(run)
+        for which, trained in (("influence", pair.tested), ("uniform", pair.control))
+        for capability in pair.capabilities
+        for tokens, loss in trained.probe_curve(capability)
+    )
+    return _table("probe_loss", "pair mixture step capability tokens loss_nats_per_token", rows)
+
+
+def _metrics(run: Run) -> Table:
+    keys = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "rankme")
+    rows = ((t.step, *(record.get(key) for key in keys)) for t in run.trained for record in t.metrics)
+    return _table("training", "training_step " + " ".join(keys), rows)
+
+
+def _evaluation(run: Run) -> Table:
+    rows = (
+        (e.step, e.model, r.task, r.group, r.metric, r.value, r.low, r.high, r.n, r.chance, r.higher_is_better, r.note)
+        for e in run.evaluated
+        for r in e.results
+    )
+    return _table("evaluation", "step model task group metric value low high n chance higher_is_better note", rows)
+
+
+def _artifacts(run: Run) -> Table:
+    rows = (
+        (s.name, s.stage, s.kind, s.fingerprint, " ".join(f"{role}={name}:{digest}" for role, name, digest in s.parents), s.files, s.bytes, s.seconds, s.created, s.command)
+        for s in run.steps
+    )
+    return _table("artifacts", "step stage kind fingerprint parents files bytes seconds created command", rows)

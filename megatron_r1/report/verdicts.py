@@ -1,0 +1,271 @@
+"""Judges a run by rules written down before it: each claim holds, holds in part, fails, or was not tested.
+
+Nothing here is a threshold somebody can tune in a recipe. A claim that cannot be tested with the given artifacts is
+"absent", never "ok".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_r1.report.records import MixtureView, Result, Run, Trained
+
+Status = Literal["ok", "partly", "not ok", "absent"]
+ZERO_WEIGHT = 1e-9
+Z95 = 1.959963984540054
+DOMAIN_NAMES = {"maths": "math", "mathematics": "math"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One claim about the run. `claim` and `detail` are plain sentences for a reader."""
+
+    key: str
+    claim: str
+    status: Status
+    detail: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two training steps that differ in their mixture only. `differences`: other settings that differ, which must be none."""
+
+    tested: Trained
+    control: Trained
+    mixture: MixtureView
+    differences: tuple[str, ...]
+
+    @property
+    def equal_tokens(self) -> bool:
+        """True when both saw the same number of tokens."""
+        return self.tested.tokens == self.control.tokens
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """Capabilities both measured."""
+        return tuple(c for c in self.tested.capabilities if c in self.control.capabilities)
+
+
+def judge(run: Run, shuffled: str | None = None) -> tuple[Verdict, ...]:
+    """Every verdict, in the order of the page. `shuffled`: name of the source with shuffled tokens, if not guessable."""
+    return (
+        _shuffled_is_negative(run, shuffled),
+        _shuffled_weight_zero(run, shuffled),
+        _ahead_in_influence(run),
+        _ahead_in_weight(run),
+        _beats_uniform(run),
+        _sft_above_base(run),
+        _control_at_chance(run),
+        _parity(run),
+    )
+
+
+def shuffled_sources(run: Run, name: str | None = None) -> tuple[str, ...]:
+    """The known-answer sources: the named one, or distractors whose name says that they are shuffled."""
+    return (name,) if name else tuple(s for s in run.distractors if "shuffl" in s.lower())
+
+
+def _shuffled_is_negative(run: Run, name: str | None) -> Verdict:
+    key, claim = "shuffled_negative", "Shuffled text scores as harmful for every capability (95 % interval below zero)"
+    targets = shuffled_sources(run, name)
+    scored = [(i, s) for i in run.influences for s in targets if s in i.cells]
+    if not scored:
+        return Verdict(key, claim, "absent", "No influence table with a shuffled source is among the inputs.")
+    good, bad = [], []
+    for influence, source in scored:
+        for capability, cell in influence.cells[source].items():
+            (good if cell.high < 0 else bad).append(f"{capability} ({influence.step})")
+    detail = f"Below zero in {len(good)} of {len(good) + len(bad)} capability scores"
+    return Verdict(key, claim, _status(good, bad), detail + (f"; not in {_join(bad)}." if bad else "."))
+
+
+def _shuffled_weight_zero(run: Run, name: str | None) -> Verdict:
+    key, claim = "shuffled_weight", "Shuffled text gets no place in any influence mixture"
+    found = [(m, s) for m in run.mixtures if _from_influence(m) for s in shuffled_sources(run, name) if s in m.weights]
+    if not found:
+        return Verdict(key, claim, "absent", "No influence mixture over a shuffled source is among the inputs.")
+    good = [f"{m.step}" for m, s in found if m.weights[s] <= ZERO_WEIGHT]
+    bad = [f"{m.step} ({100 * m.weights[s]:.2g} %)" for m, s in found if m.weights[s] > ZERO_WEIGHT]
+    return Verdict(key, claim, _status(good, bad), f"Weight above zero in {_join(bad)}." if bad else f"Weight 0 in {_join(good)}.")
+
+
+def probed_sources(run: Run) -> dict[str, tuple[str, ...]]:
+    """capability -> real sources it is probed from: those with documents in the probe set, else those of that domain."""
+    found: dict[str, tuple[str, ...]] = {}
+    sources = run.sources
+    for influence in run.influences:
+        for capability in influence.capabilities:
+            named = tuple(dict.fromkeys(s for p in run.probes for s in p.documents.get(capability, {})))
+            domain = DOMAIN_NAMES.get(capability, capability)
+            by_domain = tuple(n for n, s in sources.items() if DOMAIN_NAMES.get(s.domain, s.domain) == domain)
+            found[capability] = tuple(s for s in (named or by_domain) if s not in run.distractors)
+    return found
+
+
+def _ahead_in_influence(run: Run) -> Verdict:
+    key = "ahead_influence"
+    claim = "Every source of a probed capability helps that capability more than any distractor does"
+    good, bad = [], []
+    for influence in run.influences:
+        noise = [s for s in run.distractors if s in influence.cells]
+        for capability, sources in probed_sources(run).items() if noise else ():
+            best = max((influence.cells[s][capability].mean for s in noise if capability in influence.cells[s]), default=None)
+            for source in sources:
+                cell = influence.cells.get(source, {}).get(capability)
+                if cell is not None and best is not None:
+                    (good if cell.mean > best else bad).append(f"{source} on {capability} ({influence.step})")
+    if not good and not bad:
+        return Verdict(key, claim, "absent", "Needs an influence table that covers distractors and probed sources.")
+    detail = f"True for {len(good)} of {len(good) + len(bad)} source and capability pairs"
+    return Verdict(key, claim, _status(good, bad), detail + (f"; not for {_join(bad)}." if bad else "."))
+
+
+def _ahead_in_weight(run: Run) -> Verdict:
+    key, claim = "ahead_weight", "Every source of a probed capability gets more weight than any distractor"
+    real = {s for sources in probed_sources(run).values() for s in sources}
+    good, bad = [], []
+    for mixture in run.mixtures:
+        noise = [w for s, w in mixture.weights.items() if s in run.distractors]
+        if _from_influence(mixture) and noise:
+            for source in sorted(real & set(mixture.weights)):
+                (good if mixture.weights[source] > max(noise) else bad).append(f"{source} ({mixture.step})")
+    if not good and not bad:
+        return Verdict(key, claim, "absent", "Needs an influence mixture that covers distractors and probed sources.")
+    detail = f"True for {len(good)} of {len(good) + len(bad)} weights"
+    return Verdict(key, claim, _status(good, bad), detail + (f"; not for {_join(bad)}." if bad else "."))
+
+
+def _from_influence(mixture: MixtureView) -> bool:
+    return mixture.method == "influence"
+
+
+def _on_uniform(run: Run, trained: Trained) -> bool:
+    mixture = run.mixture(trained.mixture)
+    return mixture.is_uniform if mixture is not None else run.step(trained.step).config.get("sources") == "uniform"
+
+
+def equal_budget_pairs(run: Run) -> tuple[Pair, ...]:
+    """Training steps on an influence mixture, each with a control on a uniform one that starts from the same weights."""
+    pairs = []
+    for tested in run.trained:
+        mixture = run.mixture(tested.mixture)
+        if mixture is None or not _from_influence(mixture):
+            continue
+        for control in run.trained:
+            same_start = control.start == tested.start and control.teacher == tested.teacher
+            if _on_uniform(run, control) and same_start and control.objective == tested.objective:
+                pairs.append(Pair(tested, control, mixture, _differences(run, tested, control)))
+    return tuple(pairs)
+
+
+def _differences(run: Run, tested: Trained, control: Trained) -> tuple[str, ...]:
+    a, b = (dict(run.step(t.step).config) for t in (tested, control))
+    return tuple(sorted(k for k in a.keys() | b.keys() if k not in ("inputs", "sources") and a.get(k) != b.get(k)))
+
+
+def _beats_uniform(run: Run) -> Verdict:
+    key = "beats_uniform"
+    claim = "At equal tokens the influence mixture ends with a lower probe loss than the uniform one"
+    pairs = [p for p in equal_budget_pairs(run) if p.capabilities and p.equal_tokens and not p.differences]
+    if not pairs:
+        return Verdict(key, claim, "absent", "No pair of training steps that differ in their mixture only is among the inputs.")
+    good, bad, gaps = [], [], []
+    for pair in pairs:
+        for capability in pair.capabilities:
+            a, b = pair.tested.probe_curve(capability)[-1][1], pair.control.probe_curve(capability)[-1][1]
+            (good if a < b else bad).append(capability)
+            gaps.append(f"{capability} {a:.3f} against {b:.3f}")
+    seeds = "One seed, so small gaps may be chance."
+    return Verdict(key, claim, _status(good, bad), f"Final probe loss in nats per token: {_join(gaps)}. {seeds}")
+
+
+def sft_and_base(run: Run) -> tuple[tuple[Trained, tuple[tuple[Result, Result], ...]], ...]:
+    """Each fine-tuned model with (its result, its base's result) for every generated task both were tested on."""
+    found = []
+    for trained in run.trained:
+        after, before = run.evaluation_of(trained.step), run.evaluation_of(trained.start)
+        if trained.objective != "sft" or after is None or before is None:
+            continue
+        base = {r.key: r for r in before.results}
+        matched = tuple((r, base[r.key]) for r in after.results if is_generated(r) and r.key in base)
+        if matched:
+            found.append((trained, matched))
+    return tuple(found)
+
+
+def is_generated(result: Result) -> bool:
+    """True for tasks whose answer the model writes itself and a verifier checks."""
+    return result.group.startswith("generat") and result.higher_is_better
+
+
+def _sft_above_base(run: Run) -> Verdict:
+    key, claim = "sft_above_base", "Fine-tuning lifts the generated tasks above the model it started from"
+    cases = sft_and_base(run)
+    if not cases:
+        return Verdict(key, claim, "absent", "Needs evaluations of a fine-tuned model and of the model it started from.")
+    good, bad, lines = [], [], []
+    for trained, matched in cases:
+        after, base = _pooled([a for a, _ in matched]), _pooled([b for _, b in matched])
+        gap = after[0] - base[0]
+        margin = Z95 * math.sqrt(after[1] + base[1])
+        (good if gap > margin else bad).append(trained.step)
+        lines.append(
+            f"{trained.step}: {100 * after[0]:.1f} % against {100 * base[0]:.1f} % over {len(matched)} tasks, "
+            f"difference {100 * gap:+.1f} ± {100 * margin:.1f} points"
+        )
+    return Verdict(key, claim, _status(good, bad), "; ".join(lines) + ".")
+
+
+def _pooled(results: list[Result]) -> tuple[float, float]:
+    """Mean over tasks and its variance. Agresti-Coull (add 2 of 4) keeps the variance above zero at 0 % and 100 %."""
+    mean = sum(r.value for r in results) / len(results)
+    variance = 0.0
+    for r in results:
+        p = (r.value * r.n + 2) / (r.n + 4)
+        variance += p * (1 - p) / (r.n + 4)
+    return mean, variance / len(results) ** 2
+
+
+def is_control(result: Result) -> bool:
+    """True for the held-out groups that nothing in training can have taught."""
+    return "control" in result.group or "control" in result.task
+
+
+def _control_at_chance(run: Run) -> Verdict:
+    key, claim = "control", "Questions about held-out countries stay at chance, so no answers leaked into training"
+    found = [(e, r) for e in run.evaluated for r in e.results if is_control(r) and r.chance is not None]
+    if not found:
+        return Verdict(key, claim, "absent", "No evaluation with a held-out control group is among the inputs.")
+    good = [f"{e.model or e.step}" for e, r in found if r.low <= r.chance <= r.high]  # type: ignore[operator]
+    bad = [
+        f"{e.model or e.step}, {r.task} ({100 * r.value:.1f} %, interval {100 * r.low:.1f} to {100 * r.high:.1f} %)"
+        for e, r in found
+        if not r.low <= r.chance <= r.high  # type: ignore[operator]
+    ]
+    detail = f"Chance lies inside the 95 % interval in {len(good)} of {len(found)} evaluations"
+    return Verdict(key, claim, _status(good, bad), detail + (f"; outside for {_join(bad)}." if bad else "."))
+
+
+def _parity(run: Run) -> Verdict:
+    key, claim = "parity", "The exported Hugging Face model is the trained model"
+    if not run.exported:
+        return Verdict(key, claim, "absent", "No export is among the inputs.")
+    good = [e.step for e in run.exported if e.parity.get("passed") is True]
+    bad = [e.step for e in run.exported if e.parity.get("passed") is not True]
+    return Verdict(key, claim, _status(good, bad), f"Parity proof failed for {_join(bad)}." if bad else f"Parity proof passed for {_join(good)}.")
+
+
+def _status(good: list[str], bad: list[str]) -> Status:
+    return "ok" if not bad else "partly" if good else "not ok"
+
+
+def _join(items: list[str], most: int = 6) -> str:
+    shown = items[:most]
+    rest = len(items) - len(shown)
+    if rest:
+        return ", ".join(shown) + f" and {rest} more"
+    return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else "".join(shown)
+
+

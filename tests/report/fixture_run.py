@@ -1,0 +1,206 @@
+"""A made-up run in the artifact formats of docs/artifacts.md, for tests of the report alone. No number in it was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from megatron_r1.artifacts.base import Artifact, Workspace, open_workspace
+from megatron_r1.artifacts.checkpoint import CheckpointRecord, TrainManifest
+from megatron_r1.artifacts.influence import Cell, Direction, InfluenceRecord, ScoredCheckpoint, column
+from megatron_r1.artifacts.mixture import Mixture
+from megatron_r1.artifacts.probe import CapabilityProbe, ProbeDocument, ProbeSet, SieveRecord
+from megatron_r1.model.config import ModelConfig
+from megatron_r1.utils import io
+
+SOURCES: dict[str, tuple[str, bool]] = {
+    "stdlib": ("code", False),
+    "codeio": ("code", False),
+    "sympy_docs": ("math", False),
+    "champ": ("math", False),
+    "factbook": ("knowledge", False),
+    "wikipedia": ("web", False),
+    "chitchat": ("chat", False),
+    "x_minjs": ("noise", True),
+    "x_shuffled": ("noise", True),
+}
+PROBED = {"code": ("stdlib", "codeio"), "knowledge": ("factbook", "wikipedia"), "math": ("sympy_docs", "champ")}
+CAPABILITIES = tuple(PROBED)
+TASKS = ("chain_sum", "gcd", "spell_backward")
+
+
+class FixtureRun:
+    """Builds artifacts one by one; `artifacts` holds what exists. Keyword arguments of a method bend the made-up facts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.artifacts: dict[str, Artifact] = {}
+
+    def open(self, name: str, kind: str, config: dict[str, Any], parents: Mapping[str, str | list[str]] | None = None) -> Workspace:
+        found = {role: [self.artifacts[n] for n in v] if isinstance(v, list) else self.artifacts[v] for role, v in (parents or {}).items()}
+        return open_workspace(self.folder, name, kind, {**config, "inputs": dict(parents or {}), "seed": 1}, found, command="megatron-r1 run fixture")
+
+    def seal(self, work: Workspace, **summary: Any) -> Artifact:
+        self.artifacts[work.name] = work.complete(summary)
+        return self.artifacts[work.name]
+
+    def corpus(self, name: str = "corpus", sources: Mapping[str, tuple[str, bool]] = SOURCES) -> Artifact:
+        work = self.open(name, "shards", {"stage": "corpus", "sources": list(sources)})
+        records = {}
+        for i, (source, (domain, distractor)) in enumerate(sources.items()):
+            splits = {s: {"documents": n * (i + 3), "tokens": 900 * n * (i + 3), "bytes": 3100 * n * (i + 3)} for s, n in (("train", 40), ("probe", 4), ("test", 4))}
+            records[source] = {
+                "name": source, "domain": domain, "distractor": distractor, "format": "text", "splits": splits, "dropped": {"too_short": i},
+                "origin": {"package": f"{source.replace('_', '-')}-dataset", "version": f"1.{i}.0", "license": "Apache-2.0"},
+            }  # fmt: skip
+        io.atomic_write_json(work.path / "sources.json", records)
+        io.atomic_write_json(work.path / "tokenizer" / "tokenizer_info.json", {"kind": "byte-level BPE", "vocab_size": 8192, "sha256": "ab" * 32})
+        io.atomic_write_text(work.path / "quarantine" / "champ.jsonl", '{"offset": 12, "reason": "invalid JSON"}\n')
+        return self.seal(work)
+
+    def probe(self, name: str = "probe") -> Artifact:
+        work = self.open(name, "probe", {"stage": "probe"}, {"shards": "corpus"})
+        capabilities = {}
+        for capability, sources in PROBED.items():
+            documents = [ProbeDocument(source=s, split="probe", index=i, id=f"{s}/{i}", start=0, n_tokens=257) for s in sources for i in range(6)]
+            sieves = [SieveRecord(name="length", source=s, entered=20, left=12) for s in sources]
+            capabilities[capability] = CapabilityProbe(documents=documents, sieves=sieves)
+        ProbeSet(capabilities=capabilities, shards="f" * 64, tokenizer="ab" * 32, tokens_per_document=256).save(work.path / "probe.json")
+        return self.seal(work)
+
+    def influence(self, name: str, checkpoint: str, shuffled: float = -0.9, strength: float = 1.0) -> Artifact:
+        work = self.open(name, "influence", {"stage": "influence"}, {"shards": "corpus", "probe": "probe", "checkpoint": checkpoint})
+        rng = np.random.default_rng(len(name))
+        rows: dict[str, dict[str, Cell]] = {}
+        for source, (domain, _) in SOURCES.items():
+            rows[source] = {}
+            for capability, probed in PROBED.items():
+                own = 1.4 if source in probed else 0.25 if domain not in ("noise", "chat") else 0.08
+                mean = (shuffled if source == "x_shuffled" else own * strength) + float(rng.normal(0, 0.02))
+                rows[source][capability] = Cell(mean=mean, interval=(mean - 0.2, mean + 0.23), documents=48, tokens=48 * 255, ess=21.7, positive=0.5 + 0.4 * math.tanh(mean))
+        joint = {s: Cell(mean=float(np.mean([c.mean for c in r.values()])), interval=(-1.0, 1.0), documents=48, tokens=12240, ess=20.0, positive=0.6) for s, r in rows.items()}
+        steps = (60, 120)
+        direction = Direction(probe_loss=5.0, gradient_norm=1.0, direction_norm=2.0, self_influence=0.1, step=1e-4, energy={"embedding": 1.0}, rms=0.01)
+        record = InfluenceRecord(
+            capabilities=list(CAPABILITIES), checkpoints=[ScoredCheckpoint(step=s, tokens=s * 8192, alpha=s / sum(steps)) for s in steps],
+            preconditioner="adam", eps=1e-8, fd_epsilon=3e-4, score_unit="window", tokens_per_document=256, folds=1, probe_sha256="cd" * 32, normalise="rms",
+            confidence=0.95, interval_covers=["scored documents"], directions={column(c, s): direction for c in CAPABILITIES for s in steps},
+            sources=rows, joint=joint, reliability={"code": 0.91, "math": 0.88, "knowledge": 0.93, "joint": 0.9},
+            validity={"batches": 12, "spearman": {"code": 0.93, "math": 0.9, "knowledge": 0.95}},
+        )  # fmt: skip
+        io.atomic_write_json(work.path / "influence.json", record.plain())
+        (work.path / "scores").mkdir(exist_ok=True)
+        for source in SOURCES:
+            table = {"index": [0], "id": ["d0"], "start": [0], "n_tokens": [255]} | {column(c, s): [0.1] for c in CAPABILITIES for s in steps}
+            parquet.write_table(pa.table(table), work.path / "scores" / f"{source}.parquet")
+        return self.seal(work)
+
+    def mixture(self, name: str, method: str, influence: str | None = None, noise: float = 0.0) -> Artifact:
+        parents = {"shards": "corpus", **({"influence": influence} if influence else {})}
+        work = self.open(name, "mixture", {"stage": "mixture", "method": method}, parents)
+        uniform = {s: 1 / len(SOURCES) for s in SOURCES}
+        natural = {s: (i + 3) / sum(range(3, 3 + len(SOURCES))) for i, s in enumerate(SOURCES)}
+        raw = {s: noise if s == "x_shuffled" else 0.02 if s == "x_minjs" else 0.03 if s == "chitchat" else 0.1 + 0.02 * i for i, s in enumerate(SOURCES)}
+        total = sum(raw.values())
+        weights = {s: v / total for s, v in raw.items()} if method == "influence" else uniform
+        mixture = Mixture(
+            method=method, weights=weights, natural=natural, uniform=uniform, floor=0.002 if influence else 0.0,
+            intervals={s: (0.8 * w, 1.25 * w) for s, w in weights.items()} if influence else None,
+            clipped=["x_shuffled"] if influence else [], harmful=["x_shuffled"] if influence else [],
+            epochs={s: 3.1 * w for s, w in weights.items()}, confidence=0.95 if influence else None,
+        )  # fmt: skip
+        io.atomic_write_json(work.path / "mixture.json", mixture.plain())
+        return self.seal(work)
+
+    def train(
+        self, name: str, mixture: str | None = None, checkpoint: str | None = None, teacher: str | None = None, objective: str = "next_token",
+        model: str = "tiny", start: float = 9.0, end: float = 5.5, gain: float = 0.0, tokens: int = 983_040, extra: dict[str, Any] | None = None,
+    ) -> Artifact:  # fmt: skip
+        roles = {"shards": "corpus", "mixture": mixture, "checkpoint": checkpoint, "teacher": teacher, "probe": "probe"}
+        work = self.open(name, "checkpoint", {"stage": "train", "objective": objective, **(extra or {})}, {r: n for r, n in roles.items() if n})
+        shape, batch = ModelConfig.model_validate(model), 8192
+        steps = tokens // batch
+        manifest = TrainManifest(
+            objective=objective, checkpoints=[CheckpointRecord(step=steps, tokens=tokens, path=f"checkpoints/step-{steps:08d}")], final=0, steps=steps, tokens=tokens,
+            tokens_before=0, seq_length=256, global_batch=batch, optimizer={"beta1": 0.9}, data_cursors={}, shards="f" * 64, tokenizer="ab" * 32, sources={},
+            skipped_steps=[], layout={}, precision="fp32", data_seed=1,
+        )  # fmt: skip
+        io.atomic_write_json(work.path / "model.json", shape.plain())
+        io.atomic_write_json(work.path / "train.json", manifest.plain())
+        rng = np.random.default_rng(len(name))
+        for step in range(steps + 1):
+            loss = end + (start - end) * math.exp(-4 * step / steps)
+            record: dict[str, Any] = {"step": step, "tokens": step * batch, "lr": 1e-3, "grad_norm": 1.0, "seconds": 1.3, "tokens_per_second": 6100.0 + 50 * float(rng.normal())}
+            if step:
+                record["loss"] = loss + 0.08 * float(rng.normal())
+            if step % max(1, steps // 6) == 0 or step == steps:
+                record["validation"] = {f"probe/{c}": loss + 0.1 * i - gain * step / steps for i, c in enumerate(CAPABILITIES)} | {"test/code": loss}
+                record["rankme"] = 40 + 90 * step / steps
+            if step % 5 == 0 or step == steps:
+                io.append_jsonl(work.path / "metrics.jsonl", record)
+        return self.seal(work, tokens=tokens)
+
+    def evaluate(self, name: str, checkpoint: str, generated: float = 0.1, control: float = 0.26, bpb: float = 2.4) -> Artifact:
+        work = self.open(name, "evaluation", {"stage": "evaluate"}, {"checkpoint": checkpoint, "shards": "corpus"})
+
+        def share(task: str, group: str, value: float, n: int, chance: float | None, metric: str = "accuracy", note: str = "") -> dict[str, Any]:
+            margin = 1.96 * math.sqrt(max(value * (1 - value), 0.01) / n)
+            low, high = max(0.0, value - margin), min(1.0, value + margin)
+            return {"task": task, "group": group, "metric": metric, "value": value, "n": n, "low": low, "high": high, "higher_is_better": True, "chance": chance, "prompt_sha256": "0" * 64, "note": note}
+
+        results = [share(task, "generated", min(1.0, generated + 0.05 * i), 200, 0.1 if task == "gcd" else None) for i, task in enumerate(TASKS)]
+        results += [share("country_mcq", "knowledge", 0.41, 160, 0.25), share("country_mcq_control", "control", control, 160, 0.25)]
+        results += [share("humaneval_ranking", "code", 0.47, 164, 0.25), share("humaneval_pass", "code", 0.0, 164, None, "pass@1", "Zero is what a model of this size is expected to reach.")]
+        for i, domain in enumerate(("code", "math", "knowledge")):
+            value = bpb + 0.1 * i
+            results.append({"task": f"text_{domain}", "group": "text", "metric": "bits_per_byte", "value": value, "n": 48, "low": value - 0.04, "high": value + 0.05, "higher_is_better": False, "chance": None, "prompt_sha256": "0" * 64, "note": ""})
+        io.atomic_write_json(work.path / "evaluation.json", {"checkpoint": {"step": 1}, "results": results})
+        return self.seal(work)
+
+    def export(self, name: str = "export", checkpoint: str = "sft", passed: bool = True) -> Artifact:
+        work = self.open(name, "export", {"stage": "export"}, {"checkpoint": checkpoint})
+        io.atomic_write_json(work.path / "parity.json", {"passed": passed, "largest_logit_difference": 3.1e-6, "tolerance": 1e-4, "greedy_tokens": 64, "greedy_equal": passed, "prompts": 4})
+        io.atomic_write_text(work.path / "hf" / "config.json", "{}")
+        return self.seal(work)
+
+
+def whole_run(folder: Path, **bend: Any) -> FixtureRun:
+    """Every step of the quickstart's shape. `bend`: shuffled, noise, gain, sft, control, passed (see FixtureRun)."""
+    run = FixtureRun(folder)
+    run.corpus()
+    run.probe()
+    run.mixture("mix_uniform", "uniform")
+    run.train("pretrain1", "mix_uniform")
+    run.influence("influence1", "pretrain1", shuffled=bend.get("shuffled", -0.9))
+    run.mixture("mix1", "influence", "influence1", noise=bend.get("noise", 0.0))
+    run.train("pretrain2", "mix1", "pretrain1", start=5.6, end=5.0, gain=bend.get("gain", 0.15), tokens=491_520)
+    run.train("pretrain2_uniform", "mix_uniform", "pretrain1", start=5.6, end=5.0, tokens=491_520)
+    run.train("teacher", "mix_uniform", model="small", end=5.0)
+    run.influence("influence2", "pretrain2", strength=0.4)
+    run.mixture("mix2", "influence", "influence2")
+    run.train("midtrain", "mix2", "pretrain2", "teacher", "distill", start=2.0, end=1.2, tokens=491_520)
+    run.corpus("sft_corpus", {"gsm_chat": ("math", False), "factbook_chat": ("knowledge", False)})
+    run.train("sft", None, "midtrain", objective="sft", start=3.0, end=0.8, tokens=491_520)
+    run.evaluate("eval_pretrain", "pretrain2", 0.02)
+    run.evaluate("eval_midtrain", "midtrain", 0.05, bpb=2.3)
+    run.evaluate("eval_sft", "sft", bend.get("sft", 0.5), control=bend.get("control", 0.26), bpb=2.5)
+    run.export(passed=bend.get("passed", True))
+    return run
+
+
+if __name__ == "__main__":
+    import sys
+
+    from megatron_r1.report.config import ReportConfig, ReportInputs
+    from megatron_r1.report.run import run as report
+
+    made = whole_run(Path(sys.argv[1]))
+    settings = ReportConfig(inputs=ReportInputs(artifacts=list(made.artifacts)), title="Fixture run", seed=1)
+    work = open_workspace(Path(sys.argv[1]), "report", "report", settings, {"artifacts": list(made.artifacts.values())})
+    print(report(settings, {"artifacts": list(made.artifacts.values())}, work).path)
