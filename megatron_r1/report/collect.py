@@ -35,7 +35,6 @@ from megatron_r1.report.records import (
 from megatron_r1.utils.errors import ArtifactError
 
 
-
 def collect(artifacts: Iterable[Artifact]) -> Run:
     """Read every artifact. Raises ArtifactError when a payload lacks a field this release writes."""
     by_name = {artifact.name: artifact for artifact in artifacts}  # two steps with equal settings share a fingerprint
@@ -160,6 +159,7 @@ def _trained(artifact: Artifact, step: Step) -> Trained:
         layers=model.num_layers,
         width=model.hidden_size,
         tokens=checkpoints.manifest.tokens,
+        tokens_before=checkpoints.manifest.tokens_before,
         optimizer_steps=checkpoints.manifest.steps,
         metrics=tuple(checkpoints.metrics()),
         mixture=step.parent("mixture"),

@@ -15,10 +15,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from megatron_r1.report.records import Cell, Evaluated, Influence, MixtureView, Result, Trained
-from megatron_r1.report.text import MINUS, count, power_of_ten, signed
+from megatron_r1.report.text import power_of_ten, signed
 from megatron_r1.report.verdicts import Pair, is_control
 
 # Okabe and Ito's colours, told apart by readers with any common colour blindness; the page maps each to a lighter
@@ -132,8 +132,8 @@ def _probe_panel(pair: Pair, capability: str, points: int) -> Figure:
 
 
 def rankme_curves(trained: Sequence[Trained], points: int) -> Figure | None:
-    """RankMe over tokens, one line a training step; a step that measured it once is a single mark."""
-    curves = [(t, thin(t.curve("rankme"), points)) for t in trained]
+    """RankMe over all tokens a model has seen, one line a training step; a step that measured it once is a single mark."""
+    curves = [(t, [(t.tokens_before + x, y) for x, y in thin(t.curve("rankme"), points)]) for t in trained]
     curves = [(t, curve) for t, curve in curves if curve]
     if not curves:
         return None
@@ -144,15 +144,15 @@ def rankme_curves(trained: Sequence[Trained], points: int) -> Figure | None:
             x, y = [p[0] for p in curve], [p[1] for p in curve]
             axes.plot(x, y, color=SERIES[k], linestyle=DASHES[k], marker=MARKERS[k], markersize=4, label=t.step)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
-        _token_axes(axes, "RankMe (effective dimensions)")
+        _token_axes(axes, "RankMe (effective dimensions)", "tokens the model has seen, earlier steps included")
 
     ends = ", ".join(f"{t.step} {curve[-1][1]:.1f}" for t, curve in curves)
     return draw("rankme", f"RankMe at the end of each training step: {ends}.", (6.6, 2.9), paint)
 
 
-def _token_axes(axes: Axes, label: str) -> None:
+def _token_axes(axes: Axes, label: str, tokens: str = "tokens in this step") -> None:
     axes.set_ylabel(label)
-    axes.set_xlabel("tokens in this step")
+    axes.set_xlabel(tokens)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -287,4 +287,4 @@ def _label(key: tuple[str, str], picked: list[tuple[Evaluated, Mapping]]) -> str
 
 def is_share(result: Result) -> bool:
     """True for metrics that are shares between 0 and 1 where more is better."""
-    return result.higher_is_better and 0.0 <= result.low and result.high <= 1.0
+    return result.higher_is_better and result.low >= 0.0 and result.high <= 1.0

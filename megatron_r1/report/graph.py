@@ -7,9 +7,10 @@ themes apply.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 from megatron_r1.report.records import Step, depths
 from megatron_r1.report.text import duration
@@ -85,7 +86,7 @@ def draw_arc(steps: Sequence[Step], title: str) -> str:
     parts = [
         f'<svg class="arc" role="img" aria-label="{escape(title, quote=True)}" viewBox="{left:.1f} 0 {right - left:.1f} {height:.1f}"'
         f' width="{right - left:.0f}" height="{height:.0f}" xmlns="http://www.w3.org/2000/svg">',
-        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto-start-reverse">'
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerUnits="userSpaceOnUse" markerWidth="9" markerHeight="9" orient="auto-start-reverse">'
         '<path class="tip" d="M0 0.6 L8 4 L0 7.4 z"/></marker></defs>',
     ]
     parts += [_arrow(edge, [nodes[name] for name in route]) for edge, route in routes.items()]
@@ -112,8 +113,8 @@ def _route(edge: Arrow, nodes: dict[str, _Node]) -> list[str]:
     return [*route, edge.child]
 
 
-def _ordered_layers(nodes: dict[str, _Node], routes: Sequence[list[str]] | object) -> list[list[str]]:
-    links = [pair for route in routes for pair in zip(route, route[1:], strict=False)]  # type: ignore[attr-defined]
+def _ordered_layers(nodes: dict[str, _Node], routes: Iterable[list[str]]) -> list[list[str]]:
+    links = [pair for route in routes for pair in pairwise(route)]
     up: dict[str, list[str]] = {name: [] for name in nodes}
     down: dict[str, list[str]] = {name: [] for name in nodes}
     for parent, child in links:
@@ -143,7 +144,7 @@ def _ordered_layers(nodes: dict[str, _Node], routes: Sequence[list[str]] | objec
 
 def _crossings(layers: list[list[str]], down: dict[str, list[str]]) -> int:
     total = 0
-    for upper, lower in zip(layers, layers[1:], strict=False):
+    for upper, lower in pairwise(layers):
         place = {name: i for i, name in enumerate(lower)}
         ends = [(i, place[child]) for i, name in enumerate(upper) for child in down[name]]
         total += sum(1 for k, (a, b) in enumerate(ends) for c, d in ends[:k] if (a - c) * (b - d) < 0)
@@ -154,15 +155,22 @@ def _place(layers: list[list[str]], nodes: dict[str, _Node], routes: list[list[s
     """Horizontal positions: every node near the mean of its neighbours, neighbours in a layer never overlapping."""
     near: dict[str, list[str]] = {name: [] for name in nodes}
     for route in routes:
-        for parent, child in zip(route, route[1:], strict=False):
+        for parent, child in pairwise(route):
             near[parent].append(child)
             near[child].append(parent)
     for layer in layers:
         _spread(layer, nodes, [0.0] * len(layer))
-    for sweep in range(24):
+    for sweep in range(60):
         for layer in layers if sweep % 2 == 0 else reversed(layers):
-            wanted = [sum(nodes[o].x for o in near[n]) / len(near[n]) if near[n] else nodes[n].x for n in layer]
-            _spread(layer, nodes, wanted)
+            _spread(layer, nodes, [_centre(nodes[name], [nodes[other] for other in near[name]]) for name in layer])
+
+
+def _centre(node: _Node, near: list[_Node]) -> float:
+    """Mean position of the neighbours; bends count more for each other, so that long arrows run straight."""
+    if not near:
+        return node.x
+    weights = [6.0 if node.step is None and other.step is None else 1.0 for other in near]
+    return sum(w * other.x for w, other in zip(weights, near, strict=True)) / sum(weights)
 
 
 def _spread(layer: list[str], nodes: dict[str, _Node], wanted: list[float]) -> None:
@@ -194,7 +202,7 @@ def _arrow(edge: Arrow, route: list[_Node]) -> str:
         points += [(node.x, _top(node)), (node.x, _top(node) + BOX_HEIGHT)]
     points.append((route[-1].x, _top(route[-1]) - 1.5))
     path = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
-    for i, ((x0, y0), (x1, y1)) in enumerate(zip(points, points[1:], strict=False)):
+    for i, ((x0, y0), (x1, y1)) in enumerate(pairwise(points)):
         middle = (y0 + y1) / 2
         straight = i % 2 == 1
         path += f" L{x1:.1f} {y1:.1f}" if straight else f" C{x0:.1f} {middle:.1f} {x1:.1f} {middle:.1f} {x1:.1f} {y1:.1f}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class Drawn:
     rankme: Figure | None
     evaluation: Sequence[Figure]
 
-    def __iter__(self):  # noqa: ANN204 - an iterator of Figure
+    def __iter__(self) -> Iterator[Figure]:
         yield from self.influence.values()
         yield from self.mixture.values()
         for _, panels in self.probe_loss:
@@ -107,7 +108,8 @@ def render(run: Run, verdicts: Sequence[Verdict], drawn: Drawn, title: str, own:
         "seconds": sum(s.seconds for s in run.steps),
         "parity": [(e, parity_rows(e.parity)) for e in run.exported],
     }
-    return environment.get_template("report.html.j2").render(context)
+    page = environment.get_template("report.html.j2").render(context)
+    return re.sub(r"(?<=\d) (?=[%±])", "\N{NO-BREAK SPACE}", page)
 
 
 def _figure(figure: Figure, wide: bool = False) -> Markup:
@@ -213,7 +215,14 @@ def heat_map(run: Run, influence: Influence) -> dict[str, Any]:
             }
         )
     reliability = {k: v for k, v in influence.reliability.items() if v is not None}
-    return {"influence": influence, "unit": unit, "rows": rows, "reliability": reliability, "validity": validity_text(influence.validity)}
+    return {
+        "influence": influence,
+        "unit": unit,
+        "scale": (influence.normalise, influence.preconditioner, influence.covers),
+        "rows": rows,
+        "reliability": reliability,
+        "validity": validity_text(influence.validity),
+    }
 
 
 def validity_text(validity: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -139,7 +139,8 @@ class MixtureView:
 
 @dataclass(frozen=True)
 class Trained:
-    """One training step. `metrics` are the records of metrics.jsonl in order; `tokens` counts this step's alone."""
+    """One training step. `metrics` are the records of metrics.jsonl in order; `tokens` counts this step's alone,
+    `tokens_before` those of the steps it continues."""
 
     step: str
     objective: str
@@ -147,6 +148,7 @@ class Trained:
     layers: int
     width: int
     tokens: int
+    tokens_before: int
     optimizer_steps: int
     metrics: tuple[Mapping[str, Any], ...]
     mixture: str | None

@@ -9,8 +9,8 @@ SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def count(value: float) -> str:
-    """1,234 up to 99,999; then 123 k, 1.23 M, 2.1 T."""
-    if abs(value) < 1e5:
+    """1,234 up to 9,999; then 12.3 k, 1.23 M, 2.10 T."""
+    if abs(value) < 1e4:
         return f"{value:,.0f}"
     for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:

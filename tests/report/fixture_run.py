@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from megatron_r1.artifacts.influence import Cell, Direction, InfluenceRecord, Sc
 from megatron_r1.artifacts.mixture import Mixture
 from megatron_r1.artifacts.probe import CapabilityProbe, ProbeDocument, ProbeSet, SieveRecord
 from megatron_r1.model.config import ModelConfig
+from megatron_r1.report.config import ReportConfig, ReportInputs
+from megatron_r1.report.run import run as report_stage
 from megatron_r1.utils import io
 
 SOURCES: dict[str, tuple[str, bool]] = {
@@ -41,6 +44,7 @@ class FixtureRun:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.artifacts: dict[str, Artifact] = {}
+        self.tokens: dict[str, int] = {}
 
     def open(self, name: str, kind: str, config: dict[str, Any], parents: Mapping[str, str | list[str]] | None = None) -> Workspace:
         found = {role: [self.artifacts[n] for n in v] if isinstance(v, list) else self.artifacts[v] for role, v in (parents or {}).items()}
@@ -122,17 +126,18 @@ class FixtureRun:
         self, name: str, mixture: str | None = None, checkpoint: str | None = None, teacher: str | None = None, objective: str = "next_token",
         model: str = "tiny", start: float = 9.0, end: float = 5.5, gain: float = 0.0, tokens: int = 983_040, extra: dict[str, Any] | None = None,
     ) -> Artifact:  # fmt: skip
-        roles = {"shards": "corpus", "mixture": mixture, "checkpoint": checkpoint, "teacher": teacher, "probe": "probe"}
+        roles = {"shards": "sft_corpus" if objective == "sft" else "corpus", "mixture": mixture, "checkpoint": checkpoint, "teacher": teacher, "probe": "probe"}
         work = self.open(name, "checkpoint", {"stage": "train", "objective": objective, **(extra or {})}, {r: n for r, n in roles.items() if n})
         shape, batch = ModelConfig.model_validate(model), 8192
         steps = tokens // batch
         manifest = TrainManifest(
             objective=objective, checkpoints=[CheckpointRecord(step=steps, tokens=tokens, path=f"checkpoints/step-{steps:08d}")], final=0, steps=steps, tokens=tokens,
-            tokens_before=0, seq_length=256, global_batch=batch, optimizer={"beta1": 0.9}, data_cursors={}, shards="f" * 64, tokenizer="ab" * 32, sources={},
+            tokens_before=self.tokens.get(checkpoint or "", 0), seq_length=256, global_batch=batch, optimizer={"beta1": 0.9}, data_cursors={}, shards="f" * 64, tokenizer="ab" * 32, sources={},
             skipped_steps=[], layout={}, precision="fp32", data_seed=1,
         )  # fmt: skip
         io.atomic_write_json(work.path / "model.json", shape.plain())
         io.atomic_write_json(work.path / "train.json", manifest.plain())
+        self.tokens[name] = tokens + self.tokens.get(checkpoint or "", 0)
         rng = np.random.default_rng(len(name))
         for step in range(steps + 1):
             loss = end + (start - end) * math.exp(-4 * step / steps)
@@ -141,7 +146,7 @@ class FixtureRun:
                 record["loss"] = loss + 0.08 * float(rng.normal())
             if step % max(1, steps // 6) == 0 or step == steps:
                 record["validation"] = {f"probe/{c}": loss + 0.1 * i - gain * step / steps for i, c in enumerate(CAPABILITIES)} | {"test/code": loss}
-                record["rankme"] = 40 + 90 * step / steps
+                record["rankme"] = 40 + 60 * math.log1p(manifest.tokens_before / batch + step) / 5
             if step % 5 == 0 or step == steps:
                 io.append_jsonl(work.path / "metrics.jsonl", record)
         return self.seal(work, tokens=tokens)
@@ -194,13 +199,13 @@ def whole_run(folder: Path, **bend: Any) -> FixtureRun:
     return run
 
 
+def write_report(made: FixtureRun, names: list[str] | None = None, **settings: Any) -> Artifact:
+    """Run the report stage on some of the steps (by default all)."""
+    chosen = list(made.artifacts) if names is None else names
+    config = ReportConfig(inputs=ReportInputs(artifacts=chosen), seed=1, **settings)
+    inputs = {"artifacts": [made.artifacts[name] for name in chosen]}
+    return report_stage(config, inputs, open_workspace(made.folder, "report", "report", config, inputs))
+
+
 if __name__ == "__main__":
-    import sys
-
-    from megatron_r1.report.config import ReportConfig, ReportInputs
-    from megatron_r1.report.run import run as report
-
-    made = whole_run(Path(sys.argv[1]))
-    settings = ReportConfig(inputs=ReportInputs(artifacts=list(made.artifacts)), title="Fixture run", seed=1)
-    work = open_workspace(Path(sys.argv[1]), "report", "report", settings, {"artifacts": list(made.artifacts.values())})
-    print(report(settings, {"artifacts": list(made.artifacts.values())}, work).path)
+    print(write_report(whole_run(Path(sys.argv[1])), title="Fixture run").path)

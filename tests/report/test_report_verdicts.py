@@ -1,0 +1,75 @@
+"""Every verdict can be yes, no and untested, and for the stated reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixture_run import FixtureRun, whole_run
+
+from megatron_r1.report.collect import collect
+from megatron_r1.report.records import Run
+from megatron_r1.report.verdicts import Verdict, equal_budget_pairs, judge, shuffled_sources
+
+
+def verdicts(run: FixtureRun) -> dict[str, Verdict]:
+    return {v.key: v for v in judge(collect(run.artifacts.values()))}
+
+
+@pytest.fixture(scope="module")
+def good(whole: FixtureRun) -> dict[str, Verdict]:
+    return verdicts(whole)
+
+
+def test_all_hold_in_the_good_run(good: dict[str, Verdict]) -> None:
+    assert {key: v.status for key, v in good.items()} == dict.fromkeys(good, "ok")
+
+
+@pytest.mark.parametrize(
+    ("bend", "key", "status", "said"),
+    [
+        ({"shuffled": -0.1}, "shuffled_negative", "partly", "code (influence1)"),
+        ({"shuffled": 1.6}, "ahead_influence", "partly", "stdlib on code (influence1)"),
+        ({"noise": 0.001}, "shuffled_weight", "partly", "mix1 ("),
+        ({"noise": 5.0}, "ahead_weight", "partly", "champ (mix1)"),
+        ({"gain": -0.2}, "beats_uniform", "not ok", "code 5.2"),
+        ({"sft": 0.06}, "sft_above_base", "not ok", "11.0 % against 10.0 %"),
+        ({"control": 0.5}, "control", "partly", "sft, country_mcq_control (50.0 %"),
+        ({"passed": False}, "parity", "not ok", "failed for export"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_each_claim_can_fail(tmp_path: Path, bend: dict[str, Any], key: str, status: str, said: str) -> None:
+    verdict = verdicts(whole_run(tmp_path, **bend))[key]
+    assert verdict.status == status
+    assert said in verdict.detail
+
+
+def test_an_empty_run_proves_nothing() -> None:
+    assert {v.status for v in judge(Run(steps=()))} == {"absent"}
+
+
+def test_a_pair_with_another_difference_is_no_evidence(tmp_path: Path) -> None:
+    run = whole_run(tmp_path)
+    run.train("pretrain2_uniform", "mix_uniform", "pretrain1", start=5.6, end=5.0, tokens=491_520, extra={"lr": {"peak": 1.0}})
+    assert verdicts(run)["beats_uniform"].status == "absent"
+
+
+def test_pair_needs_the_same_start(whole: FixtureRun) -> None:
+    pairs = equal_budget_pairs(collect(whole.artifacts.values()))
+    assert [(p.tested.step, p.control.step) for p in pairs] == [("pretrain2", "pretrain2_uniform")]
+    assert pairs[0].capabilities == ("code", "knowledge", "math")
+    assert pairs[0].equal_tokens
+
+
+def test_uniform_without_a_mixture_step_counts_as_control(tmp_path: Path) -> None:
+    run = whole_run(tmp_path)
+    run.train("pretrain2_uniform", None, "pretrain1", start=5.6, end=5.0, tokens=491_520, extra={"sources": "uniform"})
+    assert verdicts(run)["beats_uniform"].status == "ok"
+
+
+def test_shuffled_source_by_name_or_by_setting(whole: FixtureRun) -> None:
+    run = collect(whole.artifacts.values())
+    assert shuffled_sources(run) == ("x_shuffled",)
+    assert shuffled_sources(run, "x_minjs") == ("x_minjs",)
