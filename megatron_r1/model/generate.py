@@ -1,9 +1,9 @@
 """Batched generation with a key/value cache, greedy or by temperature.
 
-Why not megatron-core's own inference: its static context keeps one length for the whole batch, so prompts of different
-lengths would have to be padded on the left or generated group by group, and it caches keys before RoPE and rotates the
-whole cache again at every step. Here each row has its own length: prompts are padded on the right, row i writes its next
-key at its own position and sees exactly the positions up to it, so padding can not reach a result.
+Why not megatron-core's static inference context: our attention is one operation from packed qkv to output and keeps no keys,
+and that context has one length for the whole batch, so prompts of different lengths would have to be padded on the left or
+generated group by group. Here each row has its own length: prompts are padded on the right, row i writes its next key at its
+own position and sees exactly the positions up to it, so padding can not reach a result.
 
 The arithmetic is that of `model/spec.py` on the same tensors (no copy except the packed qkv matrix), for a model that is
 whole on this rank. Every call first compares its logits with the model's own forward pass on a prompt and refuses to go
@@ -183,7 +183,7 @@ def config_of(model: nn.Module) -> ModelConfig:
     )
 
 
-def _whole(model: Any) -> nn.Module:
+def whole(model: Any) -> nn.Module:
     """The one chunk of a model given as a chunk or a list of chunks."""
     if isinstance(model, Sequence):
         if len(model) != 1:
@@ -202,7 +202,7 @@ def decoder_of(model: Any) -> Decoder:
     """
     from megatron_r1.model.forward import logits as model_logits
 
-    model = _whole(model)
+    model = whole(model)
     decoder = Decoder(model.state_dict(), config_of(model))
     probe = torch.arange(_PROBE_TOKENS, device=decoder.device)[None] * 7919 % decoder.config.vocab_size
     expected = model_logits(model, probe).float()

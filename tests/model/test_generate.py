@@ -10,8 +10,8 @@ from transformers import Llama4ForCausalLM
 from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 
 from megatron_r1.model.config import PRESETS
-from megatron_r1.model.generate import Decoder, generate
-from megatron_r1.model.hf_map import hf_config, table, to_hf
+from megatron_r1.model.generate import Decoder, config_of, generate
+from megatron_r1.model.hf_map import canonical, hf_config, table, to_hf
 from megatron_r1.utils.errors import CheckpointError, DataError
 
 CONFIG = PRESETS["nano"].replace(vocab_size=64, num_heads=4, num_kv_heads=2, hidden_size=64, head_dim=16, ffn_size=96, max_positions=128)
@@ -129,3 +129,45 @@ def test_a_part_of_a_model_is_refused():
     state = {name: value for name, value in random_state(CONFIG).items() if ".1." not in name}
     with pytest.raises(CheckpointError, match="missing"):
         Decoder(state, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def built():
+    from megatron_r1.model.build import build_model
+    from megatron_r1.parallel.config import LayoutConfig
+    from megatron_r1.parallel.context import initialize
+
+    chunks = build_model(CONFIG, initialize(LayoutConfig(), 0), seed=3)
+    state = random_state(CONFIG, seed=11)
+    missing = chunks[0].load_state_dict(state, strict=False).missing_keys
+    assert all(name.endswith("_extra_state") or name == "output_layer.weight" for name in missing)
+    return chunks, state
+
+
+def test_the_built_model_is_read_as_it_is(built):
+    chunks, state = built
+    config = config_of(chunks[0])
+    assert config == CONFIG
+    found = canonical(chunks[0].state_dict())
+    assert {name: tuple(value.shape) for name, value in found.items()} == {name: tuple(value.shape) for name, value in state.items()}
+
+
+def test_generation_from_the_built_model_equals_recomputing_with_its_own_forward(built):
+    from megatron_r1.model.forward import logits
+
+    chunks, _ = built
+    asked = prompts(5, seed=12)
+    found = generate(chunks, asked, 10)
+    for prompt, continuation in zip(asked, found, strict=True):
+        row = list(prompt)
+        for token in continuation:
+            with torch.no_grad():
+                assert int(logits(chunks[0], torch.tensor([row]))[0, -1].argmax()) == token
+            row.append(token)
+
+
+def test_a_decoder_that_is_another_model_is_refused(built, monkeypatch):
+    chunks, _ = built
+    monkeypatch.setattr(chunks[0], "rotary_base", 500.0)
+    with pytest.raises(CheckpointError, match="reproduce the model's own logits"):
+        generate(chunks, [[1, 2, 3]], 2)
