@@ -15,9 +15,12 @@ from megatron_r1.artifacts.influence import Cell as StoredCell
 from megatron_r1.artifacts.influence import InfluenceTable
 from megatron_r1.artifacts.mixture import load_mixture
 from megatron_r1.artifacts.probe import load_probe
+from megatron_r1.data.shards import SOURCES_FILE, SourceRecord
+from megatron_r1.data.tokenizer import INFO_FILE
 from megatron_r1.model.config import ModelConfig
 from megatron_r1.report.records import (
     Cell,
+    Change,
     Corpus,
     Evaluated,
     Exported,
@@ -97,29 +100,29 @@ def _step(artifact: Artifact) -> Step:
 
 
 def _corpus(artifact: Artifact, step: Step) -> Corpus:
-    records = artifact.json("sources.json")
-    items = records.get("sources", records) if isinstance(records, dict) else records
-    named = items.items() if isinstance(items, dict) else [(item["name"], item) for item in items]
+    content = artifact.json(SOURCES_FILE)
+    records = [SourceRecord.model_validate(record) for record in content["sources"].values()]
     sources = tuple(
         Source(
-            name=name,
-            domain=record["domain"],
-            distractor=bool(record["distractor"]),
-            format=record.get("format", "text"),
-            splits={split: Split(int(s["documents"]), int(s["tokens"]), int(s["bytes"])) for split, s in record["splits"].items()},
-            origin=record.get("origin") or {},
-            dropped={reason: int(count) for reason, count in (record.get("dropped") or {}).items()},
+            name=record.name,
+            domain=record.domain,
+            distractor=record.distractor,
+            format=record.format,
+            splits={name: Split(split.documents, split.tokens, split.bytes) for name, split in record.splits.items()},
+            origin=record.origin,
+            dropped=record.dropped,
+            quarantined=record.quarantined,
         )
-        for name, record in named
+        for record in records
     )
-    info = "tokenizer/tokenizer_info.json"
-    tokenizer = artifact.json(info) if info in artifact.manifest.files else {}
-    quarantined = 0
-    for relative in artifact.manifest.files:
-        if relative.startswith("quarantine/"):
-            with artifact.file(relative).open("rb") as lines:
-                quarantined += sum(1 for line in lines if line.strip())
-    return Corpus(step=step.name, sources=sources, tokenizer=tokenizer, quarantined=quarantined)
+    info = f"tokenizer/{INFO_FILE}"
+    return Corpus(
+        step=step.name,
+        sources=sources,
+        tokenizer=artifact.json(info) if info in artifact.manifest.files else {},
+        missing=tuple((item["name"], item["reason"]) for item in content.get("missing", [])),
+        control_groups=tuple(content.get("control_groups", [])),
+    )
 
 
 def _probe(artifact: Artifact, step: Step) -> Probe:
@@ -192,6 +195,7 @@ def _cell(cell: StoredCell) -> Cell:
 
 
 def _evaluated(artifact: Artifact, step: Step) -> Evaluated:
+    content = artifact.json("evaluation.json")
     results = tuple(
         Result(
             task=r["task"],
@@ -205,9 +209,14 @@ def _evaluated(artifact: Artifact, step: Step) -> Evaluated:
             chance=None if r.get("chance") is None else float(r["chance"]),
             note=r.get("note") or "",
         )
-        for r in artifact.json("evaluation.json")["results"]
+        for r in content["results"]
     )
-    return Evaluated(step=step.name, model=step.parent("checkpoint"), results=results)
+    changes = tuple(
+        Change(c["task"], c["metric"], float(c["difference"]), float(c["low"]), float(c["high"]), int(c["n"])) for c in content.get("comparison") or []
+    )
+    baseline = (content.get("baseline") or {}).get("name")
+    dropped = tuple((item["task"], item["reason"]) for item in content.get("dropped") or [])
+    return Evaluated(step.name, step.parent("checkpoint"), results, baseline, changes, dropped)
 
 
 def _exported(artifact: Artifact, step: Step) -> Exported:

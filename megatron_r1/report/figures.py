@@ -270,7 +270,7 @@ def evaluation_dots(evaluated: Sequence[Evaluated], share: bool) -> Figure | Non
 
     kind = "shares of right answers" if share else "bits per byte"
     name = "evaluation_answers" if share else "evaluation_text"
-    return draw(name, f"Evaluation, {kind}, per task and model; the table below has every number.", (7.2, 1.1 + 0.17 * len(keys) * (len(picked) + 1.2)), paint)
+    return draw(name, f"Evaluation, {kind}, per task and model; the table below has every number.", (7.2, 1.1 + 0.14 * len(keys) * (len(picked) + 1.2)), paint)
 
 
 def _chance_marks(axes: Axes, keys: list, picked: list[tuple[Evaluated, Mapping]], factor: float) -> None:

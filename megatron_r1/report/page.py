@@ -14,7 +14,7 @@ from markupsafe import Markup
 from megatron_r1.report import figures
 from megatron_r1.report.figures import Figure
 from megatron_r1.report.graph import draw_arc
-from megatron_r1.report.records import Evaluated, Influence, Result, Run, Source, Step
+from megatron_r1.report.records import Change, Evaluated, Influence, Result, Run, Source, Step
 from megatron_r1.report.text import count, duration, percent, plural, signed, significant, size
 from megatron_r1.report.verdicts import Pair, Verdict, equal_budget_pairs, is_control
 
@@ -250,7 +250,27 @@ def evaluation_table(evaluated: Sequence[Evaluated]) -> dict[str, Any]:
         results = [results.get(key) for results in by_key]
         sample = next(r for r in results if r is not None)
         rows.append({"first": sample, "cells": [_score(r) for r in results], "n": _range([r.n for r in results if r]), "control": is_control(sample)})
-    return {"columns": columns, "rows": rows, "notes": [(r["first"].task, r["first"].note) for r in rows if r["first"].note]}
+    notes = [(r["first"].task, r["first"].note) for r in rows if r["first"].note]
+    notes += [(f"{task}, not measured on {e.model or e.step}", reason) for e in evaluated for task, reason in e.dropped]
+    changes = [{"evaluation": e, "rows": [_change_row(c, e) for c in e.changes]} for e in evaluated if e.changes]
+    return {"columns": columns, "rows": rows, "notes": notes, "changes": changes}
+
+
+def _change_row(change: Change, evaluation: Evaluated) -> dict[str, Any]:
+    """A paired difference in percentage points (shares) or in the metric's own unit; `verdict` says what the interval allows."""
+    result = next((r for r in evaluation.results if r.key == (change.task, change.metric)), None)
+    share = result is not None and figures.is_share(result)
+    factor, decimals, unit = (100, 1, " points") if share else (1, 3, "")
+    better = (change.low > 0) if result is None or result.higher_is_better else (change.high < 0)
+    worse = (change.high < 0) if result is None or result.higher_is_better else (change.low > 0)
+    return {
+        "task": change.task,
+        "metric": change.metric.replace("_", " "),
+        "difference": signed(factor * change.difference, decimals) + unit,
+        "interval": f"{signed(factor * change.low, decimals)} to {signed(factor * change.high, decimals)}",
+        "verdict": "better" if better else "worse" if worse else "no clear change",
+        "n": change.n,
+    }
 
 
 def _score(result: Result | None) -> dict[str, str] | None:
@@ -297,7 +317,7 @@ def parity_rows(parity: Mapping[str, Any], prefix: str = "") -> list[tuple[str, 
         elif isinstance(value, bool):
             rows.append((name, "yes" if value else "no"))
         elif isinstance(value, (list, tuple)):
-            rows.append((name, plural(len(value), "entry", "entries")))
+            rows.append((name, f"{len(value)} (in parity.json)"))
         elif isinstance(value, float):
             rows.append((name, f"{value:.2e}" if value and abs(value) < 1e-3 else significant(value)))
         elif value is not None:

