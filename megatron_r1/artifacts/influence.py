@@ -132,6 +132,12 @@ class InfluenceTable:
             artifact.file(f"scores/{source}.parquet")
         return cls(artifact.path, record)
 
+    def with_record(self, record: InfluenceRecord) -> InfluenceTable:
+        """The same scores under another record (tables already read are kept)."""
+        other = InfluenceTable(self.path, record)
+        other._cache = self._cache
+        return other
+
     @property
     def sources(self) -> list[str]:
         """Scored sources, in the record's order."""

@@ -6,7 +6,8 @@ n-grams are over tokens, not words: shards hold tokens only, and 13 tokens are f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -93,15 +94,10 @@ class OverlapIndex:
         return shares
 
 
-def chunks(documents: Iterable[np.ndarray], size: int = 1 << 20) -> Iterable[np.ndarray]:
-    """Join documents into stretches of about `size` tokens. An n-gram across a border holds an end-of-document mark, so it matches nothing."""
-    held: list[np.ndarray] = []
-    total = 0
-    for document in documents:
-        held.append(document)
-        total += len(document)
-        if total >= size:
-            yield np.concatenate(held)
-            held, total = [], 0
-    if held:
-        yield np.concatenate(held)
+def stretches(shard: Any, n: int, size: int = 1 << 20) -> Iterator[np.ndarray]:
+    """All tokens of a shard in stretches of about `size`, each reaching n - 1 tokens into the next so that no n-gram is missed.
+
+    n-grams across two documents hold an end-of-text token inside, so no window's n-gram equals them.
+    """
+    for start in range(0, shard.n_tokens, size):
+        yield np.asarray(shard.read(start, min(size + n - 1, shard.n_tokens - start)))

@@ -15,7 +15,7 @@ from megatron_r1.artifacts.base import Artifact, Workspace
 from megatron_r1.artifacts.probe import PROBE_FILE, CapabilityProbe, ProbeDocument, ProbeSet
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.probe.config import ProbeConfig
-from megatron_r1.probe.overlap import chunks
+from megatron_r1.probe.overlap import stretches
 from megatron_r1.probe.sieves import SourceSieve, draw, drop_duplicates, drop_overlap
 from megatron_r1.utils.errors import ConfigError, DataError
 from megatron_r1.utils.logging import get_logger, progress
@@ -73,15 +73,14 @@ def sift(config: ProbeConfig, shards: ShardSet, sources: list[str]) -> dict[str,
     for name, splits in (("overlap with training", ("train",)), ("overlap with held-out", HELD_OUT)):
         total = sum(shards.split(source, split).n_tokens for source in shards.sources for split in splits)
         with progress(f"probe: {name}", total) as bar:
-            drop_overlap(config, sieves, name, _stretches(shards, splits), bar.advance)
+            drop_overlap(config, sieves, name, _body(shards, splits, config.rules.ngram), bar.advance)
     return {sieve.source: sieve for sieve in sieves}
 
 
-def _stretches(shards: ShardSet, splits: tuple[str, ...]) -> Iterator[np.ndarray]:
+def _body(shards: ShardSet, splits: tuple[str, ...], n: int) -> Iterator[np.ndarray]:
     for source in shards.sources:
         for split in splits:
-            shard = shards.split(source, split)
-            yield from chunks(np.asarray(shard.tokens(i)) for i in range(len(shard)))
+            yield from stretches(shards.split(source, split), n)
 
 
 def allocate(total: int, shares: Mapping[str, float]) -> dict[str, int]:

@@ -1,0 +1,57 @@
+"""The one place where influence meets the runtime: a checkpoint becomes a loss function and named fp32 weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_r1.artifacts.checkpoint import CheckpointInfo, CheckpointSet
+from megatron_r1.influence.precondition import Adam, Identity, Preconditioner
+from megatron_r1.influence.rows import Batch, TokenLosses
+from megatron_r1.model.forward import token_losses
+from megatron_r1.model.load import load_model
+from megatron_r1.parallel.checkpoint import load_second_moment
+from megatron_r1.parallel.config import LayoutConfig
+from megatron_r1.parallel.context import ParallelContext, initialize
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint ready to be scored at."""
+
+    losses: TokenLosses
+    parameters: dict[str, Tensor]
+    preconditioner: Preconditioner  # P of the score
+    trainer: Preconditioner  # P of the trainer's own step
+    eps: float | None
+
+
+def context(seed: int) -> ParallelContext:
+    """Process groups of a single model copy: influence scores on one process."""
+    return initialize(LayoutConfig(), seed)
+
+
+def load(checkpoints: CheckpointSet, point: CheckpointInfo, ctx: ParallelContext, preconditioner: str, eps: float | None) -> LoadedCheckpoint:
+    """Load weights in fp32, and the optimizer's second moment when P needs it. Raises CheckpointError when it is not there."""
+    chunks = load_model(point, ctx, precision="fp32")
+    (model,) = chunks
+    model.eval()
+    parameters = dict(model.named_parameters())
+
+    def losses(batch: Batch) -> Tensor:
+        return token_losses(model, batch)
+
+    if preconditioner == "none":
+        return LoadedCheckpoint(losses, parameters, Identity(), Identity(), None)
+    moment, step = load_second_moment(point.path, chunks, ctx)
+    beta2, own = float(checkpoints.optimizer["beta2"]), float(checkpoints.optimizer["eps"])
+    trainer = Adam(moment, step, beta2, own)
+    chosen = trainer if eps is None or eps == own else Adam(moment, step, beta2, eps)
+    return LoadedCheckpoint(losses, parameters, chosen, trainer, own if eps is None else eps)
+
+
+def device(ctx: ParallelContext) -> torch.device:
+    """Where batches go."""
+    return ctx.device

@@ -1,0 +1,133 @@
+"""What an influence run has to do, fixed before it starts: documents, checkpoints, partitions, cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_r1.artifacts.base import Artifact
+from megatron_r1.artifacts.checkpoint import CheckpointInfo, CheckpointSet
+from megatron_r1.artifacts.probe import ProbeSet
+from megatron_r1.data.shards import ShardSet
+from megatron_r1.influence.config import InfluenceConfig
+from megatron_r1.influence.rows import Row, padded_tokens
+from megatron_r1.influence.select import Chosen, choose, evenly
+from megatron_r1.influence.store import ScoreStore, parts
+from megatron_r1.influence.validity import cost
+from megatron_r1.utils import io
+from megatron_r1.utils.errors import ArtifactError, ConfigError
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that stays the same over checkpoints. Legend: C capabilities, F probe folds, n documents."""
+
+    config: InfluenceConfig
+    chosen: dict[str, Chosen]
+    probe: dict[str, list[Row]]
+    points: list[CheckpointInfo]
+    store: ScoreStore
+    seed: int
+
+    @property
+    def tokens(self) -> int:
+        """Padded tokens per forward."""
+        return int(self.config.batch)
+
+    @property
+    def columns(self) -> int:
+        """Scores per document and checkpoint: C x F."""
+        return len(self.probe) * self.config.probe_folds
+
+    def check_rows(self) -> list[Row]:
+        """A few rows of several sources, to estimate the curvature error on."""
+        wanted = self.config.fd_check_documents
+        firsts = [chosen.rows[i] for i in range(wanted) for chosen in self.chosen.values() if i < len(chosen.rows)]
+        return firsts[:wanted]
+
+    def partitions(self) -> list[tuple[str, int, int, int]]:
+        """(source, partition number, first document, past-the-end document)."""
+        size = self.config.partition_documents
+        return [(s, k, a, b) for s, chosen in self.chosen.items() for k, (a, b) in enumerate(parts(len(chosen.index), size))]
+
+    def load(self, step: int, source: str, part: int, first: int, last: int) -> np.ndarray | None:
+        """A finished partition, float64 [n, C F]."""
+        return self.store.load(step, source, part, (last - first, self.columns))
+
+    def directions_file(self, step: int) -> Path:
+        """Where the directions of a checkpoint are noted."""
+        return self.store.folder / str(step) / "directions.json"
+
+
+def require_matching(inputs: Mapping[str, Artifact], shards: ShardSet, probe: ProbeSet, checkpoints: CheckpointSet) -> None:
+    """The probe's documents and the checkpoint's tokens must be those of the shards. Raises ArtifactError."""
+    if probe.shards != inputs["shards"].fingerprint:
+        raise ArtifactError(
+            expected=f"a probe made from the shards {inputs['shards'].fingerprint[:8]}", found=f"one made from {probe.shards[:8]}",
+            fix="point influence and its probe at the same corpus step",
+        )
+    if checkpoints.manifest.tokenizer != shards.tokenizer.sha256:
+        raise ArtifactError(
+            expected=f"a checkpoint trained on the tokenizer {shards.tokenizer.sha256[:8]} of the shards",
+            found=f"one trained on {checkpoints.manifest.tokenizer[:8]}", fix="score with a checkpoint trained on these shards' tokenizer",
+        )
+    if probe.digest(shards) != probe.sha256:
+        raise ArtifactError(
+            expected=f"probe documents with the hash {probe.sha256[:8]}", found="other content under the same references",
+            fix="delete the probe artifact and make it again",
+        )
+
+
+def prepare(config: InfluenceConfig, shards: ShardSet, probe: ProbeSet, checkpoints: CheckpointSet, store: ScoreStore) -> Job:
+    """Choose documents and checkpoints."""
+    sources = list(shards.sources) if config.sources is None else config.sources
+    unknown = sorted(set(sources) - set(shards.sources))
+    if unknown:
+        raise ConfigError(
+            expected=f"sources of the shards ({', '.join(sorted(shards.sources))})", found=f"{', '.join(unknown)}",
+            fix="correct influence's `sources`, or leave it out to score every source",
+        )
+    rows = {
+        name: [Row(i, document.tokens(shards)) for i, document in enumerate(found.documents)] for name, found in probe.capabilities.items()
+    }
+    trained = [point for point in checkpoints.checkpoints if point.step > 0]
+    chosen = {source: choose(config, source, shards.split(source, "train")) for source in sources}
+    return Job(config, chosen, rows, evenly(trained, config.checkpoints), store, config.seed or 0)
+
+
+def work_tokens(job: Job) -> tuple[int, int, int]:
+    """Token-forwards of one checkpoint's directions, of its scoring, and of the receipt (a backward counts as two)."""
+    config = job.config
+    check = padded_tokens(job.check_rows(), job.tokens)
+    folds = config.probe_folds
+    directions = sum(3 * padded_tokens(rows[f::folds], job.tokens) for rows in job.probe.values() for f in range(folds)) + 4 * check * job.columns
+    scoring = sum(2 * job.columns * padded_tokens(job.chosen[source].part(a, b), job.tokens) for source, _, a, b in job.partitions())
+    return directions, scoring, cost(config.validity, job.chosen, job.probe, job.seed, job.tokens)
+
+
+def scores_at(job: Job, step: int) -> dict[str, np.ndarray]:
+    """Raw scores of one checkpoint from the finished partitions: source -> float64 [n, C, F]."""
+    found: dict[str, list[np.ndarray]] = {source: [] for source in job.chosen}
+    for source, part, first, last in job.partitions():
+        scores = job.load(step, source, part, first, last)
+        if scores is None:
+            raise ArtifactError(
+                expected=f"a finished partition {part} of {source} at step {step}", found="none", fix="run the same command again"
+            )
+        found[source].append(scores)
+    return {source: np.concatenate(all_parts).reshape(-1, len(job.probe), job.config.probe_folds) for source, all_parts in found.items()}
+
+
+def fold_weights(job: Job, step: int) -> np.ndarray:
+    """Weight of every probe fold, [C, F]; equal at every checkpoint."""
+    notes = io.read_json(job.directions_file(step))
+    return np.array([notes[capability]["weights"] for capability in job.probe])
+
+
+def totals_at(job: Job, step: int) -> dict[str, np.ndarray]:
+    """Raw scores along the whole probe's direction: source -> float64 [n, C]."""
+    weights = fold_weights(job, step)
+    return {source: np.einsum("ncf,cf->nc", scores, weights) for source, scores in scores_at(job, step).items()}

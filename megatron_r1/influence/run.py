@@ -1,0 +1,79 @@
+"""Influence stage: ShardSet + ProbeSet + checkpoints -> benefit of every scored document for every capability."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from megatron_r1.artifacts.base import Artifact, Workspace
+from megatron_r1.artifacts.checkpoint import CheckpointSet
+from megatron_r1.artifacts.influence import (
+    INFLUENCE_FILE,
+    Direction,
+    InfluenceRecord,
+    InfluenceTable,
+    ScoredCheckpoint,
+    column,
+)
+from megatron_r1.artifacts.probe import ProbeSet, load_probe
+from megatron_r1.data.shards import ShardSet
+from megatron_r1.influence.aggregate import summarise
+from megatron_r1.influence.config import InfluenceConfig
+from megatron_r1.influence.job import Job, fold_weights, prepare, require_matching, scores_at
+from megatron_r1.influence.score import score
+from megatron_r1.influence.select import alphas
+from megatron_r1.influence.store import ScoreStore, write_table
+from megatron_r1.utils import io
+from megatron_r1.utils.logging import get_logger
+
+log = get_logger(__name__)
+
+
+def run(config: InfluenceConfig, inputs: Mapping[str, Any], work: Workspace) -> Artifact:
+    """Score documents and write `influence.json` and `scores/<source>.parquet`. Resumable at every partition.
+
+    Raises ArtifactError when the inputs do not belong together, ConfigError or DataError when there is nothing to score,
+    CheckpointError when the checkpoint has no fp32 weights or lacks the optimizer state the preconditioner needs.
+    """
+    shards, probe, checkpoints = ShardSet.open(inputs["shards"]), load_probe(inputs["probe"]), CheckpointSet.open(inputs["checkpoint"])
+    require_matching(inputs, shards, probe, checkpoints)
+    job = prepare(config, shards, probe, checkpoints, ScoreStore(work.tmp / "partitions"))
+    validity = score(job, checkpoints)
+    record = finish(job, probe, work, validity)
+    io.atomic_write_json(work.path / INFLUENCE_FILE, record.plain())
+    for source, cell in sorted(record.joint.items(), key=lambda item: -item[1].mean):
+        log.info("influence %-20s joint %+.4f [%+.4f, %+.4f]  ess %.0f of %d", source, cell.mean, *cell.interval, cell.ess, cell.documents)
+    return work.complete({
+        "documents": sum(cell.documents for cell in record.joint.values()), "tokens": sum(cell.tokens for cell in record.joint.values()),
+        "checkpoints": [point.step for point in job.points],
+        "validity": {name: entry["spearman"] for name, entry in (validity or {}).get("capabilities", {}).items()},
+    })
+
+
+def finish(job: Job, probe: ProbeSet, work: Workspace, validity: dict[str, Any] | None) -> InfluenceRecord:
+    """Write the tables, then summarise them. Everything here is a pure function of the partitions."""
+    config, steps = job.config, [point.step for point in job.points]
+    every = [scores_at(job, step) for step in steps]
+    weights = fold_weights(job, steps[-1])
+    for source, chosen in job.chosen.items():
+        stacked = np.stack([scores[source] for scores in every])
+        write_table(work.path / "scores" / f"{source}.parquet", chosen, list(job.probe), steps, weights, stacked)
+    directions, eps = {}, None
+    for step in steps:
+        for capability, note in io.read_json(job.directions_file(step)).items():
+            eps = note.pop("eps")
+            note.pop("weights")
+            directions[column(capability, step)] = Direction.model_validate(note)
+    covers = ["scored documents"] + (["probe folds"] if config.probe_folds > 1 else [])
+    notes = [] if config.probe_folds > 1 else ["intervals do not cover the choice of probe windows; set probe_folds above 1 for that"]
+    record = InfluenceRecord(
+        capabilities=list(job.probe), preconditioner=config.preconditioner, eps=eps, fd_epsilon=config.fd_epsilon, score_unit=config.score_unit,
+        checkpoints=[ScoredCheckpoint(step=p.step, tokens=p.tokens, alpha=alpha) for p, alpha in zip(job.points, alphas(steps))],
+        tokens_per_document=config.tokens_per_document, folds=config.probe_folds, probe_sha256=probe.sha256, normalise=config.normalise,
+        confidence=config.confidence, interval_covers=covers, directions=directions,
+        fold_weights={capability: weights[c].tolist() for c, capability in enumerate(job.probe)},
+        sources={source: {} for source in job.chosen}, joint={}, validity=validity, notes=notes,
+    )
+    return summarise(InfluenceTable(work.path, record), config.bootstrap, job.seed)
