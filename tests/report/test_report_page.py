@@ -43,6 +43,8 @@ class Outline(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag, f"</{tag}> closes another element at {self.getpos()}"
+        if tag in ("td", "th", "dt"):
+            self.text += " "
 
     def handle_data(self, data: str) -> None:
         if not self.open or self.open[-1] != "style":
