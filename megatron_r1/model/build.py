@@ -1,0 +1,196 @@
+"""Construction of the model, in one function: every layout starts from the same weights.
+
+Each tensor is drawn whole from a generator of its own, seeded by (seed, global tensor name), and then cut: neither the
+degrees of parallelism nor the order of construction can change a weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_r1.model.config import ModelConfig
+from megatron_r1.model.spec import block_spec
+from megatron_r1.parallel.context import ParallelContext
+from megatron_r1.parallel.mcore import GPTModel, TransformerConfig, p2p_settings
+from megatron_r1.parallel.vocab import VocabShard, vocab_shard
+from megatron_r1.utils.seeding import derive_seed
+
+Precision = Literal["fp32", "bf16"]
+Output = Literal["losses", "logits", "hidden"]
+
+
+class R1Model(GPTModel):
+    """One chunk of the decoder: megatron-core's GPTModel with a forward pass of its own.
+
+    Legend: b rows, s tokens, d hidden size, V vocabulary, p tensor-parallel degree.
+    """
+
+    def forward(
+        self, input_ids: Tensor | None, segment_ids: Tensor | None = None, labels: Tensor | None = None, output: Output = "logits"
+    ) -> Tensor:
+        """Run this chunk. input_ids, segment_ids, labels: [b, s].
+
+        Not on the last stage: activations [s, b, d], whatever `output` says. On the last stage, by `output`:
+        `losses` fp32 [b, s], -log p(label); `logits` [b, s, V/p] (this rank's piece of the vocabulary);
+        `hidden` [b, s, d], after the final norm.
+        """
+        hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
+        hidden = self.decoder(hidden_states=hidden, attention_mask=segment_ids)
+        if not self.post_process:
+            return hidden
+        if output == "hidden":
+            return self._whole_sequence(hidden).transpose(0, 1)
+        logits, _ = self.output_layer(hidden, weight=self.head_weight())  # [s, b, V/p]
+        if output == "losses":
+            return self.vocabulary.cross_entropy(logits, labels.transpose(0, 1).contiguous()).transpose(0, 1)
+        return logits.transpose(0, 1)
+
+    def head_weight(self) -> Tensor:
+        """The output matrix [V/p, d] of this rank; last stage only."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+
+    @property
+    def vocabulary(self) -> VocabShard:
+        """This rank's piece of the vocabulary."""
+        return vocab_shard(self.vocab_size)
+
+    def _whole_sequence(self, hidden: Tensor) -> Tensor:
+        from megatron_r1.parallel.mcore import gather_from_sequence_parallel_region
+
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden
+
+
+def build_model(
+    config: ModelConfig, ctx: ParallelContext, *, seed: int, precision: Precision = "fp32", recompute: bool = False
+) -> list[R1Model]:
+    """The chunks of this process (one, or one per interleaved pipeline chunk), on its device, not wrapped.
+
+    Linear and embedding weights are normal(0, init_std), gains 1; the same numbers under every layout.
+    `recompute` trades computation for memory: each layer's activations are computed again in the backward pass.
+    Raises ParallelError when the shapes do not fit the layout.
+    """
+    ctx.layout.check_model(config)
+    core = transformer_config(config, ctx, precision, recompute)
+    stages = ctx.layout.virtual_pipeline
+    chunks = []
+    for index in range(stages or 1):
+        vp_stage = index if stages else None
+        model = R1Model(
+            config=core,
+            transformer_layer_spec=block_spec(core, vp_stage),
+            vocab_size=config.vocab_size,
+            max_sequence_length=config.max_positions,
+            pre_process=ctx.is_first_stage and index == 0,
+            post_process=ctx.is_last_stage and index == (stages or 1) - 1,
+            share_embeddings_and_output_weights=config.tied_embeddings,
+            position_embedding_type="none",  # RoPE is part of our attention
+            rotary_base=config.rope_theta,
+            vp_stage=vp_stage,
+        )
+        _initialise(model, config, ctx, seed)
+        chunks.append(model.to(ctx.device))
+    return chunks
+
+
+def transformer_config(config: ModelConfig, ctx: ParallelContext, precision: Precision, recompute: bool = False) -> TransformerConfig:
+    """ModelConfig in megatron-core's terms. Its compiled fusions are off: they take tens of seconds per process on a CPU."""
+    layout, half = ctx.layout, precision == "bf16"
+    dtype = torch.bfloat16 if half else torch.float32
+    fields: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute else {}
+    core = TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        num_query_groups=config.num_kv_heads,
+        kv_channels=config.head_dim,
+        ffn_hidden_size=config.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.rms_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=_leave_empty,
+        output_layer_init_method=_leave_empty,
+        init_method_std=config.init_std,
+        use_cpu_initialization=True,
+        bf16=half,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        sequence_parallel=layout.sequence_parallel,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **p2p_settings(layout.virtual_pipeline),
+        **fields,
+    )
+    core.r1_rope_theta = config.rope_theta
+    return core
+
+
+def global_names(model: GPTModel) -> dict[str, str]:
+    """Name of each parameter in this chunk -> its name in the whole model (layers counted from the first stage's).
+
+    The last stage's copy of a tied embedding is the embedding.
+    """
+    names = {}
+    layers = {f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}." for i, layer in enumerate(model.decoder.layers)}
+    for name, _ in model.named_parameters():
+        whole = name
+        for local, overall in layers.items():
+            if name.startswith(local):
+                whole = overall + name[len(local) :]
+        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            whole = "embedding.word_embeddings.weight"
+        names[name] = whole
+    return names
+
+
+def _leave_empty(weight: Tensor) -> Tensor:
+    """Initialisation happens afterwards, by name; megatron-core still has to see an init so that it marks cut tensors."""
+    return weight
+
+
+@torch.no_grad()
+def _initialise(model: GPTModel, config: ModelConfig, ctx: ParallelContext, seed: int) -> None:
+    names = global_names(model)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0)
+            continue
+        generator = torch.Generator().manual_seed(derive_seed(seed, "init", names[name]))
+        parameter.copy_(cut(_normal(_whole_shape(parameter, ctx), config.init_std, generator), parameter, ctx))
+
+
+def _normal(shape: list[int], std: float, generator: torch.Generator) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+
+
+def _whole_shape(parameter: nn.Parameter, ctx: ParallelContext) -> list[int]:
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= ctx.tensor_size
+    return shape
+
+
+def cut(whole: Tensor, parameter: nn.Parameter, ctx: ParallelContext) -> Tensor:
+    """This rank's piece of a whole tensor, as megatron-core lays it out (gate and up halves are cut separately)."""
+    if not getattr(parameter, "tensor_model_parallel", False) or ctx.tensor_size == 1:
+        return whole
+    size = parameter.shape[parameter.partition_dim] // parameter.partition_stride
+    pieces = torch.split(whole, size, dim=parameter.partition_dim)[ctx.tensor_rank :: ctx.tensor_size]
+    return torch.cat(pieces, dim=parameter.partition_dim)

@@ -1,0 +1,28 @@
+"""Rotary position embedding in adjacent pairs (arXiv 2104.09864, equation 34), as Llama 4 applies it.
+
+Elements 2i and 2i+1 of a head are one complex number, multiplied by exp(j * position * theta^(-2i/h)).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=8)
+def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """exp(j * angle) for positions 0 to length-1: complex64 [length, head_dim/2]. Cached: one table serves every layer.
+
+    The angles are made in fp32 in the order transformers makes them: they are multiplied by positions, so a last bit of
+    a frequency shows in long sequences.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), 1.0 / (theta**exponents))
+    return torch.polar(torch.ones_like(angles), angles).to(device)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """x [..., h] fp32, table [..., h/2] complex, broadcastable over leading dimensions -> [..., h]."""
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * table).flatten(-2)

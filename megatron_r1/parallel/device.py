@@ -1,0 +1,202 @@
+"""The device, and what lets megatron-core run without a GPU.
+
+megatron-core assumes CUDA: it asks `torch.cuda` for the current device, makes small tensors with `device="cuda"`, and
+compares `tensor.type()` with names of CUDA types. Without a GPU `install_cpu_shim` gives the loaded `megatron.core`
+modules a `torch` of their own in which those calls mean the CPU. The real `torch` module stays as it is: asking it for a
+CUDA tensor still fails, here and in every other library. Two tensor methods (`cuda`, `type`) can only be replaced on the
+class; the replacements answer differently to callers inside megatron.core alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import types
+from typing import Any
+
+import torch
+
+from megatron_r1.utils.errors import ConfigError, EnvironmentProblem
+
+DEVICE_VARIABLE = "MEGATRON_R1_DEVICE"
+_SHIMMED = "megatron.core"
+
+
+def requested() -> str:
+    """`auto`, `cpu` or `cuda`, from the environment variable MEGATRON_R1_DEVICE."""
+    name = os.environ.get(DEVICE_VARIABLE, "auto")
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            expected=f"{DEVICE_VARIABLE} to be auto, cpu or cuda", found=name, fix=f"unset {DEVICE_VARIABLE} or correct it"
+        )
+    return name
+
+
+def uses_gpu(name: str | None = None) -> bool:
+    """Whether computation happens on a GPU. Raises EnvironmentProblem when a GPU was asked for by name and is absent."""
+    name = name or requested()
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        built = "built with CUDA" if torch.version.cuda else "a CPU-only build"
+        raise EnvironmentProblem(
+            expected="a CUDA device, because `cuda` was asked for",
+            found=f"none (torch {torch.__version__} is {built})",
+            fix=f"ask for `cpu` or `auto` (recipe or {DEVICE_VARIABLE}), or run on a GPU machine with a CUDA build of torch",
+        )
+    return available and name != "cpu"
+
+
+def device(name: str | None = None) -> torch.device:
+    """This process's device: cuda:LOCAL_RANK on a GPU machine, else cpu.
+
+    `name`: `auto` | `cpu` | `cuda`; None reads MEGATRON_R1_DEVICE. Raises EnvironmentProblem as `uses_gpu` does.
+    """
+    if not uses_gpu(name):
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise EnvironmentProblem(
+            expected=f"a GPU for local rank {index}",
+            found=f"{torch.cuda.device_count()} GPU(s) on this machine",
+            fix="start at most one process per GPU (torchrun --nproc-per-node)",
+        )
+    return torch.device("cuda", index)
+
+
+def activate(target: torch.device) -> None:
+    """Make `target` the current device of this process (nothing to do on the CPU)."""
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+
+
+def backend(name: str | None = None) -> str:
+    """The torch.distributed backend that fits the device: nccl or gloo."""
+    return "nccl" if uses_gpu(name) else "gloo"
+
+
+def synchronize() -> None:
+    """Wait for the device (nothing to do on the CPU): call before reading a clock."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch and megatron-core's model-parallel generators. The parallel groups must exist."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(seed)
+    # megatron-core derives one seed per tensor and pipeline rank by adding up to a few thousand: keep away from 2**63.
+    model_parallel_cuda_manual_seed(seed % (1 << 31), force_reset_rng=True)
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """The generators of this process: `cpu` and, on a GPU, `device`. Byte tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if uses_gpu():
+        state["device"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Inverse of `rng_state`; a state from another kind of device is used as far as it fits."""
+    torch.set_rng_state(state["cpu"])
+    if "device" in state and uses_gpu():
+        torch.cuda.set_rng_state(state["device"])
+
+
+# ------------------------------------------------------------------------------------------------ CPU shim
+
+
+class _Null:
+    """Stands for a stream or event on a device that has none: any method does nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __getattr__(self, _: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+class _CpuCuda(types.ModuleType):
+    """`torch.cuda` as megatron.core sees it on a CPU."""
+
+    Stream = Event = _Null
+    nvtx = _Null()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    current_device = staticmethod(lambda: torch.device("cpu"))
+    is_available = staticmethod(lambda: False)
+    device_count = staticmethod(lambda: 0)
+    synchronize = empty_cache = set_device = staticmethod(lambda *args, **kwargs: None)
+    current_stream = default_stream = staticmethod(lambda *args: _Null())
+    stream = device = staticmethod(lambda *args: contextlib.nullcontext())
+    is_current_stream_capturing = staticmethod(lambda: False)
+    manual_seed = staticmethod(torch.manual_seed)
+    get_rng_state = staticmethod(lambda *args, **kwargs: torch.get_rng_state())
+    set_rng_state = staticmethod(lambda state, *args, **kwargs: torch.set_rng_state(state))
+
+
+class _CpuTorch(types.ModuleType):
+    """`torch` as megatron.core sees it on a CPU: factories read device="cuda" as the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _CpuCuda("torch.cuda")
+        for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like"):
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        if not name.startswith("_"):
+            setattr(self, name, value)
+        return value
+
+
+def _on_cpu(factory: Any) -> Any:
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return make
+
+
+_proxy: _CpuTorch | None = None
+
+
+def install_cpu_shim() -> None:
+    """Point every loaded megatron.core module at the CPU. Idempotent; does nothing when a GPU is used."""
+    global _proxy
+    if uses_gpu():
+        return
+    if _proxy is None:
+        _proxy = _CpuTorch()
+        _patch_tensor_methods()
+    for name, module in list(sys.modules.items()):
+        if name.startswith(_SHIMMED) and getattr(module, "__dict__", {}).get("torch") is torch:
+            module.torch = _proxy
+    random = sys.modules.get("megatron.core.tensor_parallel.random")
+    if random is not None:
+        random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+        random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _patch_tensor_methods() -> None:
+    to_gpu, type_name = torch.Tensor.cuda, torch.Tensor.type
+
+    def called_by_megatron() -> bool:
+        return str(sys._getframe(2).f_globals.get("__name__", "")).startswith(_SHIMMED)
+
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if called_by_megatron() else to_gpu(self, *args, **kwargs)
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = type_name(self, *args, **kwargs)
+        # The optimizers sort parameters by names such as "torch.cuda.FloatTensor".
+        if isinstance(answer, str) and called_by_megatron():
+            return answer.replace("torch.", "torch.cuda.", 1) if not answer.startswith("torch.cuda.") else answer
+        return answer
+
+    torch.Tensor.cuda, torch.Tensor.type = cuda, type_  # type: ignore[method-assign]

@@ -1,0 +1,205 @@
+"""megatron-core, imported in one place.
+
+The only module that knows its version: it checks the range, keeps the import quiet, installs the CPU shim, and adapts
+what differs between releases. Everything else imports megatron-core's names from here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from megatron_r1.parallel import device as _device
+from megatron_r1.utils.errors import EnvironmentProblem, ParallelError
+
+OLDEST, BEFORE = Version("0.16.1"), Version("0.20")
+
+
+def _checked_version() -> Version:
+    wanted = f"megatron-core >= {OLDEST}, < {BEFORE}"
+    fix = "pip install 'megatron-core==0.16.1' (Python 3.11) or 'megatron-core>=0.19,<0.20' (Python 3.12)"
+    try:
+        version = Version(importlib.metadata.version("megatron-core"))
+    except importlib.metadata.PackageNotFoundError:
+        raise EnvironmentProblem(expected=wanted, found="megatron-core is not installed", fix=fix) from None
+    if not OLDEST <= version < BEFORE:
+        raise EnvironmentProblem(expected=wanted, found=f"megatron-core {version}", fix=fix)
+    try:
+        # Undeclared by megatron-core: without it the writers of a checkpoint die and the parent waits for ever.
+        importlib.metadata.version("psutil")
+    except importlib.metadata.PackageNotFoundError:
+        raise EnvironmentProblem(expected="psutil", found="it is not installed", fix="pip install psutil") from None
+    return version
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Hide warnings a user can do nothing about: absent optional packages at import, names torch is about to retire."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+VERSION = _checked_version()
+
+with quietly():
+    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        gather_from_sequence_parallel_region,
+        gather_from_tensor_model_parallel_region,
+        reduce_from_tensor_model_parallel_region,
+    )
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.module import Float16Module
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+    from megatron.core.utils import get_model_config
+
+_device.install_cpu_shim()
+
+# What megatron-core warns about at every construction and that a user can do nothing about.
+for _message in (".*GPTModel.*DEPRECATED.*", ".*full_param_layout.*", "full scope is deprecated.*", ".torch.distributed.*is deprecated.*"):
+    warnings.filterwarnings("ignore", message=_message)
+for _part in ("optimizer", "distributed", "dist_checkpointing", "models", "transformer", "utils"):
+    logging.getLogger(f"megatron.core.{_part}").setLevel(logging.ERROR)
+
+
+def p2p_settings(virtual_pipeline: int | None) -> dict[str, bool]:
+    """How pipeline stages exchange tensors.
+
+    With interleaved chunks the default batched exchange pairs the wrong sends and receives under gloo: the losses are
+    wrong and nothing complains. Separate, overlapped exchanges are exact.
+    """
+    if virtual_pipeline:
+        return {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return {"overlap_p2p_comm": False, "batch_p2p_comm": True}
+
+
+def check_p2p(config: TransformerConfig) -> None:
+    """Refuse the silently wrong combination, wherever a configuration came from. Raises ParallelError."""
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
+    if interleaved and config.batch_p2p_comm and torch.distributed.get_backend() == "gloo":
+        raise ParallelError(
+            expected="batch_p2p_comm: false with an interleaved pipeline under gloo",
+            found="batch_p2p_comm: true, which pairs the wrong messages and gives wrong losses without an error",
+            fix="build the model with megatron_r1.model.build, which chooses the right exchange",
+        )
+
+
+def slice_for_context(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """This rank's part of each sequence under context parallelism.
+
+    From 0.19 on the function defaults to the *world* as its group, which is wrong without an error as soon as another
+    degree is above 1: the group is always passed where it exists.
+    """
+    from megatron.core.utils import get_batch_on_this_cp_rank as cut
+
+    parameters = inspect.signature(cut).parameters
+    extra: dict[str, Any] = {}
+    if "cp_group" in parameters:
+        extra["cp_group"] = parallel_state.get_context_parallel_group()
+    if "is_hybrid_cp" in parameters:
+        extra["is_hybrid_cp"] = False
+    return cut(batch, **extra)
+
+
+def inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers inside a chain that own parameters (usually one)."""
+    chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [inner for inner in chain if not getattr(inner, "is_stub_optimizer", False)]
+
+
+class InProcessSave(TorchDistSaveShardedStrategy):
+    """The torch_dist format written by this very process.
+
+    megatron-core's own writer starts a manager and forks workers for each save, about three seconds whatever the size,
+    and hangs for ever when a worker dies. The bytes are the same format; `dist_checkpointing.load` reads both.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Any) -> None:
+        """Write `sharded_state_dict`; collective over all ranks."""
+        from megatron.core.dist_checkpointing.strategies import torch as strategy
+
+        state, _, _ = strategy._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        planner = strategy.MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
+        writer = torch.distributed.checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True)
+        torch.distributed.checkpoint.save(strategy.mcore_to_pyt_state_dict(state, False), storage_writer=writer, planner=planner)
+
+
+__all__ = [
+    "MLP",
+    "VERSION",
+    "AttnMaskType",
+    "ChainedOptimizer",
+    "ColumnParallelLinear",
+    "DistributedDataParallel",
+    "DistributedDataParallelConfig",
+    "DistributedOptimizer",
+    "Float16Module",
+    "GPTModel",
+    "IdentityOp",
+    "InProcessSave",
+    "MLPSubmodules",
+    "MegatronOptimizer",
+    "ModuleSpec",
+    "OptimizerConfig",
+    "RowParallelLinear",
+    "SelfAttention",
+    "SelfAttentionSubmodules",
+    "ShardedTensor",
+    "ShardedTensorFactory",
+    "TransformerBlockSubmodules",
+    "TransformerConfig",
+    "TransformerLayer",
+    "TransformerLayerSubmodules",
+    "check_p2p",
+    "dist_checkpointing",
+    "finalize_model_grads",
+    "gather_from_sequence_parallel_region",
+    "gather_from_tensor_model_parallel_region",
+    "get_bias_dropout_add",
+    "get_forward_backward_func",
+    "get_megatron_optimizer",
+    "get_model_config",
+    "get_num_layers_to_build",
+    "inner_optimizers",
+    "p2p_settings",
+    "parallel_state",
+    "quietly",
+    "reduce_from_tensor_model_parallel_region",
+    "slice_for_context",
+    "tensor_parallel",
+]
