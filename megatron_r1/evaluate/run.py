@@ -90,8 +90,7 @@ def _bench(config: EvaluateConfig, checkpoint: CheckpointSet, shards: Artifact |
 
 def stop_ids(tokenizer: Any) -> tuple[int, ...]:
     """Tokens that end an answer: end of text, and end of turn where the tokenizer has one."""
-    turn = tokenizer.token_to_id("<|eot_id|>") if hasattr(tokenizer, "token_to_id") else None
-    return tuple(sorted({i for i in (tokenizer.eos_id, turn) if i is not None}))
+    return tuple(sorted({i for i in (tokenizer.eos_id, tokenizer.end_of_turn_id) if i is not None}))
 
 
 def _measure(config: EvaluateConfig, bench: Bench, work: Workspace, name: str) -> None:

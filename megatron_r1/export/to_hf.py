@@ -37,16 +37,15 @@ def write_hf_folder(folder: Path, state: Mapping[str, Any], config: ModelConfig,
     with io.disk_errors(folder):
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     ends = end_ids(tokenizer)
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": tokenizer.pad_id}
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None), "pad_token_id": tokenizer.pad_id}
     io.atomic_write_json(folder / CONFIG, hf_config(config, dtype=dtype, **special))
     io.atomic_write_json(folder / GENERATION, {key: value for key, value in special.items() if value is not None} | {"do_sample": False})
     write_tokenizer(folder, tokenizer, config)
 
 
 def end_ids(tokenizer: Any) -> list[int]:
-    """Tokens that end a text or a turn; the end of text first."""
-    turn = tokenizer.token_to_id("<|eot_id|>")
-    return [tokenizer.eos_id] + ([turn] if turn is not None and turn != tokenizer.eos_id else [])
+    """Tokens that end a text or a turn, the end of text first; empty when the tokenizer has neither."""
+    return list(dict.fromkeys(i for i in (tokenizer.eos_id, tokenizer.end_of_turn_id) if i is not None))
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, config: ModelConfig) -> None:
@@ -55,11 +54,10 @@ def write_tokenizer(folder: Path, tokenizer: Any, config: ModelConfig) -> None:
         shutil.copyfile(source, folder / source.name)
     path = folder / TOKENIZER_CONFIG
     described = io.read_json(path) if path.exists() else {}
-    described.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     for name, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id), ("pad_token", tokenizer.pad_id)):
         if token is not None:
-            described[name] = tokenizer.id_to_token(token)
-    described |= {"clean_up_tokenization_spaces": False, "model_max_length": config.max_positions}
+            described[name] = tokenizer.special_name(token)
+    described |= {"model_max_length": config.max_positions}
     if tokenizer.chat_template is not None:
         described["chat_template"] = tokenizer.chat_template
     io.atomic_write_json(path, described)
