@@ -182,10 +182,15 @@ def _beats_uniform(run: Run) -> Verdict:
 
 
 def sft_and_base(run: Run) -> tuple[tuple[Trained, tuple[tuple[Result, Result], ...]], ...]:
-    """Each fine-tuned model with (its result, its base's result) for every generated task both were tested on."""
+    """Each fine-tuned model with (its result, its base's result) for every generated task both were tested on.
+
+    The base is the model it started from; where that was not evaluated, the evaluation it was compared with.
+    """
     found = []
     for trained in run.trained:
-        after, before = run.evaluation_of(trained.step), run.evaluation_of(trained.start)
+        after = run.evaluation_of(trained.step)
+        named = next((e for e in run.evaluated if after is not None and e.step == after.baseline), None)
+        before = run.evaluation_of(trained.start) or named
         if trained.objective != "sft" or after is None or before is None:
             continue
         base = {r.key: r for r in before.results}
