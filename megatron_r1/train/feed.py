@@ -31,44 +31,53 @@ Batch = dict[str, np.ndarray]
 
 
 class Dataset(Protocol):
-    """What the feed needs of a dataset."""
+    """What the feed needs of a dataset. `order`: the data order; `source_names`: what `source_ids` index."""
+
+    order: MixtureOrder
+    source_names: list[str]
 
     def batch(self, indices: Any) -> Batch:
         """Samples as arrays [b, s]."""
         ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainingData:
-    """The data of one phase.
-
-    sources: names in the order of `source_ids`; weights: shares asked for; blocks: sequences of one epoch per source;
-    start, order: cursors carried in and the data order (next_token and distill); data_seed: what the order was keyed by.
-    """
+    """The data of one phase. `start`: cursors carried in from earlier phases, also of sources this one does not use;
+    `data_seed`: what the data order was keyed by, carried on together with the cursors."""
 
     dataset: Dataset
-    sources: list[str]
-    weights: dict[str, float]
-    blocks: dict[str, int]
     data_seed: int
-    order: MixtureOrder | None = None
     start: dict[str, int] = field(default_factory=dict)
 
     @property
+    def order(self) -> MixtureOrder:
+        """Which block every sample is."""
+        return self.dataset.order
+
+    @property
+    def sources(self) -> list[str]:
+        """Names in the order of `source_ids`."""
+        return self.dataset.source_names
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Share of every source that has one."""
+        return {name: round(weight, 9) for name, weight in self.order.weights.items()}
+
+    @property
     def sequences_per_epoch(self) -> int:
-        """Sequences that all sources hold together."""
-        return sum(self.blocks.values())
+        """Sequences that the sources with a share hold together."""
+        return sum(self.order.blocks[name] for name in self.order.weights)
 
     def cursors(self, samples: int) -> dict[str, int]:
         """Blocks of every source consumed after `samples` samples of this phase, carried ones included."""
-        return {**self.start, **({} if self.order is None else self.order.counts(samples))}
+        return {**self.start, **self.order.counts(samples)}
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Passes over every source in this phase alone."""
-        if self.order is None:
-            return {name: samples / max(self.sequences_per_epoch, 1) for name in self.sources}
         after = self.order.counts(samples)
-        return {name: (after[name] - self.start.get(name, 0)) / self.blocks[name] for name in self.sources}
+        return {name: (after[name] - self.order.start[name]) / self.order.blocks[name] for name in self.order.weights}
 
 
 def shares(config: TrainConfig, shards: ShardSet, mixture: Artifact | None) -> dict[str, float] | None:
@@ -105,35 +114,35 @@ def _carried(config: TrainConfig, shards: Artifact, parent: TrainManifest | None
     return {}, None
 
 
-def open_data(config: TrainConfig, shards: ShardSet, artifact: Artifact, mixture: Artifact | None, parent: TrainManifest | None, pad_id: int) -> TrainingData:
+def open_data(config: TrainConfig, shards: ShardSet, artifact: Artifact, mixture: Artifact | None, parent: TrainManifest | None) -> TrainingData:
     """The dataset of a phase. Raises DataError when a source with a share holds less than one sequence."""
     weights = shares(config, shards, mixture)
-    length, start_seed = int(config.seq_length), _carried(config, artifact, parent)
-    seed = derive_seed(config.seed or 0, "data") if start_seed[1] is None else start_seed[1]
+    start, carried_seed = _carried(config, artifact, parent)
+    seed = derive_seed(config.seed or 0, "data") if carried_seed is None else carried_seed
     if config.objective == "sft":
-        return _open_sft(config, shards, weights, seed, pad_id)
+        return _open_sft(config, shards, weights, seed)
     if not weights:
         raise DataError(expected="at least one source with a share above 0", found="none", fix="check the mixture, or set `sources`")
+    length = int(config.seq_length)
     streams = {name: TokenStream(shards.split(name)) for name in weights}
-    blocks = {name: max(0, (stream.n_tokens - 1) // length) for name, stream in streams.items()}
+    blocks = {name: stream.blocks(length) for name, stream in streams.items()}
     empty = [name for name, count in blocks.items() if count == 0]
     if empty:
         raise DataError(
             expected=f"at least {length + 1} training tokens in every source with a share", found=", ".join(f"{name}: {streams[name].n_tokens}" for name in empty),
             fix="give these sources the share 0, add documents, or shorten seq_length",
         )
-    start = start_seed[0]
     order = MixtureOrder(blocks, weights, seed, {name: start.get(name, 0) for name in weights})
-    dataset = PretrainDataset(streams, order, length, config.reset_documents)
-    return TrainingData(dataset, list(weights), weights, blocks, seed, order, start)
+    return TrainingData(PretrainDataset(streams, order, length, config.reset_documents), seed, start)
 
 
-def _open_sft(config: TrainConfig, shards: ShardSet, weights: dict[str, float] | None, seed: int, pad_id: int) -> TrainingData:
+def _open_sft(config: TrainConfig, shards: ShardSet, weights: dict[str, float] | None, seed: int) -> TrainingData:
     names = [name for name in (weights or shards.sources) if len(shards.split(name))]
-    if not names:
-        raise DataError(expected="conversations in the shards", found="no training documents", fix="point inputs.shards at a corpus step with chat sources")
-    dataset = SftDataset({name: shards.split(name) for name in names}, int(config.seq_length), seed, pad_id, weights, config.sft.mask)
-    return TrainingData(dataset, names, weights or {}, {"packed": len(dataset)}, seed)
+    dataset = SftDataset({name: shards.split(name) for name in names}, int(config.seq_length), seed, shards.tokenizer.pad_id, weights, config.sft.mask)
+    for what, counts in (("cut to seq_length", dataset.truncated), ("left out for having no target", dataset.without_target)):
+        if sum(counts.values()):
+            log.warning("sft: %d conversations %s (%s)", sum(counts.values()), what, ", ".join(f"{name} {count}" for name, count in counts.items() if count))
+    return TrainingData(dataset, seed)
 
 
 class Feed:

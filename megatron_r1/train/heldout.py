@@ -15,6 +15,8 @@ from megatron_r1.artifacts.probe import ProbeSet
 from megatron_r1.utils.seeding import generator
 
 SPLITS = ("probe", "test")
+_OPEN_ROWS = 64
+"""How far back packing looks for room: all rows would be quadratic in the number of documents."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Rows:
 
 
 def pack(documents: list[Document], seq_length: int) -> Rows:
-    """Documents into as few rows as first-fit finds; a document longer than seq_length + 1 tokens is cut to that.
+    """Documents into the first of the newest rows that has room; a document longer than seq_length + 1 tokens is cut to that.
 
     A document of n tokens takes n - 1 columns: input i predicts token i + 1, so its first token is context only.
     """
@@ -58,7 +60,7 @@ def pack(documents: list[Document], seq_length: int) -> Rows:
     places = []
     for document in documents:
         inputs = min(len(document.tokens) - 1, seq_length)
-        row = next((index for index, room in enumerate(free) if room >= inputs), len(free))
+        row = next((index for index in range(max(0, len(free) - _OPEN_ROWS), len(free)) if free[index] >= inputs), len(free))
         if row == len(free):
             free.append(seq_length)
         places.append((row, seq_length - free[row], inputs))
@@ -92,19 +94,24 @@ def _take(documents: Iterable[Document], tokens: int, seq_length: int) -> Iterat
             tokens -= length - 1
 
 
-def _interleaved(groups: list[list[Document]]) -> Iterator[Document]:
-    """One document of every group in turn, so that a token budget is shared between sources."""
-    for turn in range(max(map(len, groups), default=0)):
-        for group in groups:
-            if turn < len(group):
-                yield group[turn]
+def _interleaved(groups: Iterable[Iterable[Document]]) -> Iterator[Document]:
+    """One document of every group in turn, so that a token budget is shared between sources. Reads no further than asked."""
+    waiting = [iter(group) for group in groups]
+    while waiting:
+        still = []
+        for group in waiting:
+            document = next(group, None)
+            if document is not None:
+                still.append(group)
+                yield document
+        waiting = still
 
 
-def _documents(shards: Any, source: str, split: str, curve: str, limit: int, seed: int) -> list[Document]:
-    """At most `limit` documents of one split, in an order drawn from the seed (files are often sorted by topic)."""
+def _documents(shards: Any, source: str, split: str, curve: str, seed: int) -> Iterator[Document]:
+    """The documents of one split, in an order drawn from the seed (files are often sorted by topic)."""
     shard = shards.split(source, split)
-    order = generator(seed, "heldout", source, split).permutation(len(shard))[:limit]
-    return [Document(curve, np.asarray(shard.tokens(int(i))), shard.mask(int(i))) for i in order]
+    for index in generator(seed, "heldout", source, split).permutation(len(shard)):
+        yield Document(curve, np.asarray(shard.tokens(int(index))), shard.mask(int(index)))
 
 
 def validation_documents(shards: Any, probe: ProbeSet | None, tokens: int, seq_length: int, seed: int) -> list[Document]:
@@ -119,14 +126,14 @@ def validation_documents(shards: Any, probe: ProbeSet | None, tokens: int, seq_l
         for reference in record.documents:
             document = Document(f"probe/{capability}", np.asarray(reference.tokens(shards)))
             by_source.setdefault(reference.source, []).append(document)
-        chosen += _take(_interleaved(list(by_source.values())), tokens, seq_length)
+        chosen += _take(_interleaved(by_source.values()), tokens, seq_length)
     for split in SPLITS if probe is None else SPLITS[1:]:
         domains: dict[str, list[str]] = {}
         for name, source in sorted(shards.sources.items()):
             if not source.distractor and source.domain != "noise":
                 domains.setdefault(source.domain, []).append(name)
         for domain, names in sorted(domains.items()):
-            groups = [_documents(shards, name, split, f"{split}/{domain}", max(tokens // 16, 8), seed) for name in names]
+            groups = [_documents(shards, name, split, f"{split}/{domain}", seed) for name in names]
             chosen += _take(_interleaved(groups), tokens, seq_length)
     return chosen
 
@@ -136,7 +143,7 @@ def rankme_documents(shards: Any, samples: int, seq_length: int, seed: int) -> t
     random token of each, never the first: positions int64[n]. The documents are cut behind that token, which causal
     attention cannot see past anyway."""
     names = [name for name, source in sorted(shards.sources.items()) if not source.distractor and source.domain != "noise"]
-    groups = [_documents(shards, name, "probe", "rankme", samples, seed) for name in names]
+    groups = [_documents(shards, name, "probe", "rankme", seed) for name in names]
     documents, positions = [], []
     draw = generator(seed, "rankme")
     for document in _interleaved(groups):

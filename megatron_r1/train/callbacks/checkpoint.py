@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron_r1.artifacts.checkpoint import checkpoint_folder, checkpoint_folders
@@ -20,10 +21,13 @@ def even_steps(total: int, count: int) -> list[int]:
 
 
 class Checkpoints(Callback):
-    """Last in the list: everything this step writes is on disk before its checkpoint is committed."""
+    """Last in the list: everything this step writes is on disk before its checkpoint is committed.
 
-    def __init__(self, config: CheckpointsConfig, total: int) -> None:
-        self.config, self.kept = config, {total, *even_steps(total, config.evenly)}
+    `saved` is called on rank 0 after each save.
+    """
+
+    def __init__(self, config: CheckpointsConfig, total: int, saved: Callable[[], None] = lambda: None) -> None:
+        self.config, self.kept, self.saved = config, {total, *even_steps(total, config.evenly)}, saved
 
     def on_step(self, trainer: Trainer) -> None:
         """Save when due, and drop regular checkpoints beyond `keep`."""
@@ -42,3 +46,4 @@ class Checkpoints(Callback):
             spare = self.config.keep - (1 if trainer.step in self.kept else 0)
             for path in regular[: max(0, len(regular) - spare)]:
                 shutil.rmtree(path)
+            self.saved()

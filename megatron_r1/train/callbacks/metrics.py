@@ -1,0 +1,39 @@
+"""The metrics record: loss, learning rate, gradient norm, speed, losses per source."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megatron_r1.train.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from megatron_r1.train.loop import Trainer
+
+
+class Metrics(Callback):
+    """Completes the record of every `log.every`-th step, of the last, and of those another callback measured something at.
+
+    Losses are means over the target tokens since the previous record (updates that were skipped do not count); lr and
+    grad_norm are this step's; tokens_per_second counts training steps only, not validation and checkpoints; seconds is
+    training time since the phase began. Must come after the callbacks that measure and before those that write.
+    """
+
+    def on_step(self, trainer: Trainer) -> None:
+        """Fill trainer.record."""
+        measured = dict(trainer.record)
+        if trainer.step == 0:
+            trainer.record = {"step": 0, "tokens": 0, **measured} if measured else {}
+            return
+        if not measured and trainer.step % int(trainer.config.log.every) and trainer.step != trainer.total:
+            return
+        window, last = trainer.window, trainer.last
+        targets = window.targets or float("nan")
+        record: dict[str, Any] = {
+            "step": trainer.step, "tokens": trainer.tokens, "loss": window.loss / targets, "lr": last.lr, "grad_norm": last.grad_norm,
+            "tokens_per_second": window.steps * int(trainer.config.global_batch) / max(window.seconds, 1e-9), "seconds": trainer.seconds,
+            "skipped": len(trainer.guard.skipped),
+        }
+        record |= {name: total / targets for name, total in window.extras.items()}
+        record["source_loss"] = {name: loss / count for name, (loss, count) in window.sources.items() if count}
+        trainer.record = {**record, **measured}
+        trainer.window = type(window)()

