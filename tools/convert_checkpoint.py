@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -66,7 +67,11 @@ def _to_mcore(options: argparse.Namespace, command: str) -> Artifact:
 
     files = {path.name: io.sha256_file(path) for path in sorted(options.load.glob("*")) if path.suffix in (".json", ".safetensors", ".model")}
     work = open_workspace(options.save.absolute().parent, options.save.name, "checkpoint", {"stage": "import", "files": files}, {}, command)
-    return import_hf(options.load, work)
+    try:
+        return import_hf(options.load, work)
+    except R1Error:
+        shutil.rmtree(work.path, ignore_errors=True)
+        raise
 
 
 if __name__ == "__main__":

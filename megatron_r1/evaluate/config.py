@@ -29,7 +29,7 @@ class BitsPerByteSettings(Frozen):
     documents: int = Field(48, gt=0, description="held-out documents scored per source, drawn with the step's seed (all of them when there are fewer)")
     windows_per_document: int = Field(2, gt=0, description="windows scored per document; a longer document gives that many, drawn with the step's seed")
     seq_length: int = Field(256, gt=1, description="tokens of one window")
-    sources: list[str] | None = Field(None, description="sources to score; by default every source of the shards with held-out documents, distractors excepted")
+    sources: list[str] | None = Field(None, description="sources to score; by default every text source of the shards with held-out documents, distractors excepted")
 
 
 class GeneratedSettings(Frozen):

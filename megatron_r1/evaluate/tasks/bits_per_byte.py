@@ -2,7 +2,9 @@
 
 nats / ln 2 / bytes does not depend on the tokenizer, so models with different vocabularies compare. A document is cut into
 windows like a training block: window j predicts tokens j*s + 1 to (j + 1)*s from at most s tokens before. The first token of
-a document is never predicted (nothing stands before it, in training either); its bytes are not counted.
+a document is never predicted (nothing stands before it, in training either); its bytes are not counted. Bytes are those of
+the decoded tokens; where a window cuts a character in two, its half counts as U+FFFD (3 bytes), the same for every model with
+this tokenizer.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ class BitsPerByte:
     def _sources(self, shards: Any) -> list[str]:
         asked = self.settings.sources
         if asked is None:
-            return [name for name, record in sorted(shards.sources.items()) if not record.distractor and len(shards.split(name, SPLIT))]
+            return [name for name, record in sorted(shards.sources.items()) if not record.distractor and record.format == "text" and len(shards.split(name, SPLIT))]
         for name in asked:
             if name not in shards.sources or not len(shards.split(name, SPLIT)):
                 raise ConfigError(
