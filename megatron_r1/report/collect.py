@@ -166,9 +166,15 @@ def _trained(artifact: Artifact, step: Step) -> Trained:
         optimizer_steps=checkpoints.manifest.steps,
         metrics=tuple(checkpoints.metrics()),
         mixture=step.parent("mixture"),
+        sources=_sources_in_words(step),
         start=step.parent("checkpoint"),
         teacher=step.parent("teacher"),
     )
+
+
+def _sources_in_words(step: Step) -> str:
+    sources = step.config.get("sources")
+    return sources if isinstance(sources, str) else "stated shares" if sources else "all of its shards"
 
 
 def _influence(artifact: Artifact, step: Step) -> Influence:

@@ -179,10 +179,10 @@ def mixture_bars(mixture: MixtureView, distractors: Sequence[str]) -> Figure:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("share of training tokens (%)")
         axes.set_xlim(left=0)
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
 
     top = ", ".join(f"{n} {100 * mixture.weights[n]:.1f} %" for n in reversed(names[-3:]))
-    return draw(f"mixture_{mixture.step}", f"Shares of {mixture.step}; largest: {top}.", (6.6, 1.0 + 0.34 * len(names)), paint)
+    return draw(f"mixture_{mixture.step}", f"Shares of {mixture.step}; largest: {top}.", (7.2, 1.0 + 0.34 * len(names)), paint)
 
 
 def influence_map(influence: Influence, order: Sequence[str], distractors: Sequence[str]) -> Figure:
@@ -208,6 +208,32 @@ def influence_map(influence: Influence, order: Sequence[str], distractors: Seque
         axes.set_xlabel(f"{influence.step}: benefit per token{', ' + unit if unit else ''} (mean ± half of the 95 % interval)")
 
     return draw(f"influence_{influence.step}", f"Influence of every source on every capability in {influence.step}.", (7.0, 1.0 + 0.36 * len(order)), paint)
+
+
+def validity_scatter(influence: Influence) -> Figure | None:
+    """Drop of the probe loss after real updates against the drop their documents' scores foretold, one mark a batch."""
+    receipt = (influence.validity or {}).get("capabilities") or {}
+    series = {name: (r["predicted"], r["measured"]) for name, r in receipt.items() if r.get("predicted")}
+    if not series:
+        return None
+    top = max(abs(v) for pair in series.values() for values in pair for v in values) or 1.0
+    correlation = {name: "not defined" if receipt[name].get("spearman") is None else f"{receipt[name]['spearman']:.2f}" for name in series}
+    exponent, unit = power_of_ten(top)
+    unit = f" ({unit.removeprefix('×')} nats/token)" if unit else " (nats/token)"
+
+    def paint(axes: Axes) -> None:
+        edge = 1.08 * top / 10**exponent
+        axes.plot([-edge, edge], [-edge, edge], color=SOFT, linewidth=1, linestyle=DASHES[1], label="as foretold")
+        for i, (name, (foretold, measured)) in enumerate(series.items()):
+            k = i % len(SERIES)
+            points = [v / 10**exponent for v in foretold], [v / 10**exponent for v in measured]
+            axes.scatter(*points, color=SERIES[k], marker=MARKERS[k], s=24, label=f"{name}: rank correlation {correlation[name]}")
+        axes.set_xlabel("drop foretold by the scores" + unit)
+        axes.set_ylabel("drop measured" + unit)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
+
+    said = ", ".join(f"{name} {value}" for name, value in correlation.items())
+    return draw(f"validity_{influence.step}", f"Measured against foretold drop of the probe loss; rank correlation {said}.", (6.6, 3.2), paint)
 
 
 def largest(influence: Influence) -> float:

@@ -28,6 +28,7 @@ class Drawn:
     """All figures of a run by part of the page."""
 
     influence: Mapping[str, Figure]
+    validity: Mapping[str, Figure]
     mixture: Mapping[str, Figure]
     probe_loss: Sequence[tuple[Pair, list[Figure]]]
     loss: Sequence[Figure]
@@ -36,6 +37,7 @@ class Drawn:
 
     def __iter__(self) -> Iterator[Figure]:
         yield from self.influence.values()
+        yield from self.validity.values()
         yield from self.mixture.values()
         for _, panels in self.probe_loss:
             yield from panels
@@ -51,6 +53,7 @@ def draw_all(run: Run, points: int) -> Drawn:
     evaluation = [figures.evaluation_dots(run.evaluated, share) for share in (True, False)]
     return Drawn(
         influence={i.step: figures.influence_map(i, source_order(run, i.cells), noise) for i in run.influences},
+        validity={i.step: f for i in run.influences if (f := figures.validity_scatter(i)) is not None},
         mixture={m.step: figures.mixture_bars(m, noise) for m in run.mixtures if m.method not in ("uniform", "natural")},
         probe_loss=[(pair, figures.probe_curves(pair, points)) for pair in equal_budget_pairs(run) if pair.capabilities],
         loss=[f for f in (figures.loss_curve(t, points) for t in run.trained) if f is not None],
@@ -143,7 +146,7 @@ def summary(run: Run) -> str:
     if teachers := list(dict.fromkeys(t.teacher for t in run.trained if t.teacher)):
         known = [run.training(name) for name in teachers]
         sizes = ", ".join(f"{t.step} with {count(t.parameters)} parameters" for t in known if t)
-        parts.append(f"Its teacher in distillation is a larger model trained in this same run ({sizes}), not a published one." if sizes else "")
+        parts.append(f"Its teacher in distillation is another model trained in this same run ({sizes}), not a published one." if sizes else "")
     if run.exported:
         parts.append("The result was exported as a Hugging Face folder and compared with the trained weights.")
     return " ".join(part for part in parts if part) or "The inputs hold no stage that this page knows how to summarise."
@@ -221,23 +224,7 @@ def heat_map(run: Run, influence: Influence) -> dict[str, Any]:
         "scale": (influence.normalise, influence.preconditioner, influence.covers),
         "rows": rows,
         "reliability": reliability,
-        "validity": validity_text(influence.validity),
     }
-
-
-def validity_text(validity: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """The receipt's plain figures as (name, value) lines; nested records are left to influence.json."""
-    lines = []
-    for key, value in (validity or {}).items():
-        if isinstance(value, bool) or value is None:
-            continue
-        if isinstance(value, float):
-            lines.append((key.replace("_", " "), significant(value)))
-        elif isinstance(value, (int, str)):
-            lines.append((key.replace("_", " "), str(value)))
-        elif isinstance(value, Mapping) and value and all(isinstance(v, (int, float)) for v in value.values()):
-            lines.append((key.replace("_", " "), ", ".join(f"{k} {significant(float(v))}" for k, v in value.items())))
-    return lines
 
 
 def evaluation_table(evaluated: Sequence[Evaluated]) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class MixtureView:
 @dataclass(frozen=True)
 class Trained:
     """One training step. `metrics` are the records of metrics.jsonl in order; `tokens` counts this step's alone,
-    `tokens_before` those of the steps it continues."""
+    `tokens_before` those of the steps it continues. `sources`: what was trained on, in words, without a mixture step."""
 
     step: str
     objective: str
@@ -154,6 +154,7 @@ class Trained:
     optimizer_steps: int
     metrics: tuple[Mapping[str, Any], ...]
     mixture: str | None
+    sources: str
     start: str | None
     teacher: str | None
 

@@ -32,7 +32,7 @@ class Table:
 def tables(run: Run, verdicts: Sequence[Verdict]) -> list[Table]:
     """Every table that has at least one row."""
     found = [
-        _verdicts(verdicts), _corpora(run), _probes(run), _influence(run), _mixtures(run), _probe_loss(run), _metrics(run),
+        _verdicts(verdicts), _corpora(run), _probes(run), _influence(run), _validity(run), _mixtures(run), _probe_loss(run), _metrics(run),
         _evaluation(run), _artifacts(run),
     ]  # fmt: skip
     return [table for table in found if table.rows]
@@ -74,6 +74,16 @@ def _influence(run: Run) -> Table:
         for capability, cell in [*row.items(), *([("joint", i.joint[source])] if source in i.joint else [])]
     )
     return _table("influence", "step source capability mean low high documents effective_documents share_positive", rows)
+
+
+def _validity(run: Run) -> Table:
+    rows = (
+        (i.step, capability, number, foretold, measured)
+        for i in run.influences
+        for capability, receipt in ((i.validity or {}).get("capabilities") or {}).items()
+        for number, (foretold, measured) in enumerate(zip(receipt["predicted"], receipt["measured"], strict=True))
+    )
+    return _table("validity", "step capability batch foretold_drop measured_drop", rows)
 
 
 def _mixtures(run: Run) -> Table:

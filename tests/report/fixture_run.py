@@ -38,6 +38,13 @@ CAPABILITIES = tuple(PROBED)
 TASKS = ("chain_sum", "gcd", "spell_backward")
 
 
+def receipt(seed: int) -> dict[str, Any]:
+    """A validity receipt of one capability, in the form the influence stage writes."""
+    foretold = np.random.default_rng(seed).normal(0.001, 0.002, 12)
+    measured = foretold + np.random.default_rng(seed + 9).normal(0, 0.0004, 12)
+    return {"spearman": 0.93, "sign_agreement": 0.92, "predicted": foretold.tolist(), "measured": measured.tolist()}
+
+
 class FixtureRun:
     """Builds artifacts one by one; `artifacts` holds what exists. Keyword arguments of a method bend the made-up facts."""
 
@@ -97,7 +104,7 @@ class FixtureRun:
             preconditioner="adam", eps=1e-8, fd_epsilon=3e-4, score_unit="window", tokens_per_document=256, folds=1, probe_sha256="cd" * 32, normalise="rms",
             confidence=0.95, interval_covers=["scored documents"], directions={column(c, s): direction for c in CAPABILITIES for s in steps},
             sources=rows, joint=joint, reliability={"code": 0.91, "math": 0.88, "knowledge": 0.93, "joint": 0.9},
-            validity={"batches": 12, "spearman": {"code": 0.93, "math": 0.9, "knowledge": 0.95}},
+            validity={"batches": 12, "capabilities": {c: receipt(i) for i, c in enumerate(CAPABILITIES)}},
         )  # fmt: skip
         io.atomic_write_json(work.path / "influence.json", record.plain())
         (work.path / "scores").mkdir(exist_ok=True)
