@@ -6,6 +6,7 @@ degrees of parallelism nor the order of construction can change a weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,12 +16,17 @@ from torch import Tensor, nn
 from megatron_r1.model.config import ModelConfig
 from megatron_r1.model.spec import block_spec
 from megatron_r1.parallel.context import ParallelContext
-from megatron_r1.parallel.mcore import GPTModel, TransformerConfig, p2p_settings
+from megatron_r1.parallel.mcore import (
+    GPTModel,
+    TransformerConfig,
+    gather_from_sequence_parallel_region,
+    p2p_settings,
+    tensor_parallel,
+)
 from megatron_r1.parallel.vocab import VocabShard, vocab_shard
 from megatron_r1.utils.seeding import derive_seed
 
 Precision = Literal["fp32", "bf16"]
-Output = Literal["losses", "logits", "hidden"]
 
 
 class R1Model(GPTModel):
@@ -30,24 +36,31 @@ class R1Model(GPTModel):
     """
 
     def forward(
-        self, input_ids: Tensor | None, segment_ids: Tensor | None = None, labels: Tensor | None = None, output: Output = "logits"
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        head: Callable[[R1Model, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Run this chunk. input_ids, segment_ids, labels: [b, s].
+        """Run this chunk. input_ids, segment_ids: [b, s].
 
-        Not on the last stage: activations [s, b, d], whatever `output` says. On the last stage, by `output`:
-        `losses` fp32 [b, s], -log p(label); `logits` [b, s, V/p] (this rank's piece of the vocabulary);
-        `hidden` [b, s, d], after the final norm.
+        Not on the last stage: activations [s, b, d]. On the last stage: what `head` makes of the states after the final norm
+        ([s, b, d], cut along s under sequence parallelism), or those states without one.
         """
         hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
         hidden = self.decoder(hidden_states=hidden, attention_mask=segment_ids)
-        if not self.post_process:
-            return hidden
-        if output == "hidden":
-            return self._whole_sequence(hidden).transpose(0, 1)
-        logits, _ = self.output_layer(hidden, weight=self.head_weight())  # [s, b, V/p]
-        if output == "losses":
-            return self.vocabulary.cross_entropy(logits, labels.transpose(0, 1).contiguous()).transpose(0, 1)
-        return logits.transpose(0, 1)
+        return head(self, hidden) if self.post_process and head is not None else hidden
+
+    def to_head(self, hidden: Tensor) -> Tensor:
+        """States after the final norm -> whole sequences [s, b, d] whose gradient adds up over the pieces of the vocabulary."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        return tensor_parallel.copy_to_tensor_model_parallel_region(hidden) if self.config.tensor_model_parallel_size > 1 else hidden
+
+    def whole_sequence(self, hidden: Tensor) -> Tensor:
+        """States after the final norm -> whole sequences [s, b, d], the same on every tensor-parallel rank."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden
 
     def head_weight(self) -> Tensor:
         """The output matrix [V/p, d] of this rank; last stage only."""
@@ -57,13 +70,6 @@ class R1Model(GPTModel):
     def vocabulary(self) -> VocabShard:
         """This rank's piece of the vocabulary."""
         return vocab_shard(self.vocab_size)
-
-    def _whole_sequence(self, hidden: Tensor) -> Tensor:
-        from megatron_r1.parallel.mcore import gather_from_sequence_parallel_region
-
-        if self.config.sequence_parallel:
-            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return hidden
 
 
 def build_model(

@@ -1,43 +1,129 @@
 """Forward passes over a chunk, wrapped for training or not.
 
-Legend: b rows, s tokens, d hidden size, V vocabulary, p tensor-parallel degree.
+Legend: b rows, s tokens, d hidden size, V vocabulary, p tensor-parallel degree, k stored teacher entries per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from megatron_r1.model.build import R1Model
+from megatron_r1.model.loss import topk_rows
+from megatron_r1.ops.linear_loss import linear_loss
+from megatron_r1.ops.row_losses import CrossEntropyRows, DistillRows, MixedRows, RowLoss
+from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.parallel.ddp import unwrap
-from megatron_r1.utils.errors import ParallelError
+from megatron_r1.parallel.schedule import forward_backward
+from megatron_r1.utils.errors import DataError, ParallelError
 
 Model = nn.Module | Sequence[nn.Module]
+Batch = Mapping[str, Tensor]
 
 
-def token_losses(model: Model, batch: Mapping[str, Tensor]) -> Tensor:
+def token_losses(model: Model, batch: Batch) -> Tensor:
     """-log p(label | tokens before it) for every position, not masked: fp32 [b, s]; differentiable.
 
-    `batch`: `tokens`, `labels` [b, s], optionally `segment_ids` [b, s] (attention stays inside equal ids).
-    On a pipeline stage that is not the last: the stage's activations [s, b, d] (what the schedule passes on).
+    `batch`: `tokens`, `labels` [b, s]; optionally `segment_ids` [b, s] (attention stays inside equal ids) and `loss_mask`
+    [b, s]. The mask is not applied: it tells which sum of the losses will be differentiated, and saves time when that is so
+    (without one: the plain sum or mean). On a pipeline stage that is not the last: the stage's activations [s, b, d], which
+    the schedule passes on.
     """
-    return _chunk(model)(batch["tokens"], batch.get("segment_ids"), batch["labels"], "losses")
+    return _losses(model, batch, lambda chunk, labels: CrossEntropyRows(labels, chunk.vocabulary))
 
 
-def sharded_logits(model: Model, batch: Mapping[str, Tensor]) -> Tensor:
+def distill_losses(model: Model, teacher: Model, batch: Batch, temperature: float = 1.0, hard_weight: float = 0.0) -> Tensor:
+    """`loss.distill_kl` from a teacher model at every position, mixed with `hard_weight` times cross-entropy: fp32 [b, s].
+
+    As `token_losses`, and neither the student's nor the teacher's logits ever exist as a whole. The teacher must have been
+    built under the same layout, without a pipeline (ParallelError): there, take `pipelined_logits` of the teacher first and
+    `loss.distill_kl` on the student's `sharded_logits`. Raises DataError when the vocabularies differ.
+    """
+    teaching = _unpipelined(teacher)
+    if unwrap(teaching).vocab_size != unwrap(_chunk(model)).vocab_size:
+        raise DataError(
+            expected=f"a teacher with the student's vocabulary of {unwrap(_chunk(model)).vocab_size}",
+            found=f"{unwrap(teaching).vocab_size}",
+            fix="distil from a teacher trained with the same tokenizer",
+        )
+
+    def rows(chunk: R1Model, labels: Tensor) -> RowLoss:
+        with torch.no_grad():
+            states = _flat(unwrap(teaching).whole_sequence(teaching(batch["tokens"], batch.get("segment_ids"))))
+            weight = unwrap(teaching).head_weight().detach()
+        soft = DistillRows(lambda a, b: torch.mm(states[a:b], weight.t()), float(temperature), chunk.vocabulary)
+        return MixedRows(CrossEntropyRows(labels, chunk.vocabulary), soft, hard_weight) if hard_weight else soft
+
+    return _losses(model, batch, rows)
+
+
+def distill_topk_losses(
+    model: Model, indices: Tensor, teacher_logprobs: Tensor, batch: Batch, temperature: float = 1.0, hard_weight: float = 0.0
+) -> Tensor:
+    """`loss.distill_topk_kl` from stored teacher entries [b, s, k], mixed with cross-entropy: fp32 [b, s]. As `token_losses`."""
+
+    def rows(chunk: R1Model, labels: Tensor) -> RowLoss:
+        # Positions run over s first, then b.
+        soft = topk_rows(indices.transpose(0, 1), teacher_logprobs.transpose(0, 1), temperature, chunk.vocabulary, chunk.vocab_size)
+        return MixedRows(CrossEntropyRows(labels, chunk.vocabulary), soft, hard_weight) if hard_weight else soft
+
+    return _losses(model, batch, rows)
+
+
+def sharded_logits(model: Model, batch: Batch) -> Tensor:
     """Logits of this rank's piece of the vocabulary [b, s, V/p]; on a stage that is not the last its activations [s, b, d]."""
-    return _chunk(model)(batch["tokens"], batch.get("segment_ids"), None, "logits")
+    return _chunk(model)(batch["tokens"], batch.get("segment_ids"), _logits_head)
+
+
+def pipelined_logits(ctx: ParallelContext, chunks: Sequence[nn.Module], batches: Sequence[Batch]) -> list[Tensor]:
+    """`sharded_logits` of several equally shaped micro-batches under any layout, without gradients. Collective.
+
+    Complete on the last stage, an empty list on the others: what a teacher contributes when student and teacher are pipelined.
+    """
+
+    def step(stream: Iterator[Batch], chunk: nn.Module) -> Any:
+        zero = torch.zeros((), device=ctx.device)
+        return sharded_logits(chunk, next(stream)), lambda out: (zero, zero.int(), {"logits": out})
+
+    rows, length = batches[0]["tokens"].shape
+    reports = forward_backward(ctx, chunks, step, iter(batches), len(batches), length, rows, forward_only=True)
+    return [report["logits"] for report in reports]
 
 
 def logits(model: Model, tokens: Tensor, segment_ids: Tensor | None = None) -> Tensor:
     """Logits over the whole vocabulary [b, s, V]. The model must not be pipelined (ParallelError)."""
     chunk = _unpipelined(model)
-    return unwrap(chunk).vocabulary.gather(chunk(tokens, segment_ids, None, "logits"))
+    return unwrap(chunk).vocabulary.gather(chunk(tokens, segment_ids, _logits_head))
 
 
 def hidden(model: Model, tokens: Tensor, segment_ids: Tensor | None = None) -> Tensor:
     """States after the final norm [b, s, d]. The model must not be pipelined (ParallelError)."""
-    return _unpipelined(model)(tokens, segment_ids, None, "hidden")
+    chunk = _unpipelined(model)
+    return chunk(tokens, segment_ids, lambda bare, states: bare.whole_sequence(states).transpose(0, 1))
+
+
+def _losses(model: Model, batch: Batch, rows: Callable[[R1Model, Tensor], RowLoss]) -> Tensor:
+    """Run `model` with a chunked head of the row loss `rows(chunk, labels [s*b])`."""
+
+    def head(chunk: R1Model, states: Tensor) -> Tensor:
+        mask = batch.get("loss_mask")
+        expected = mask.transpose(0, 1).flatten() if mask is not None else None
+        labels = batch["labels"].transpose(0, 1).flatten()
+        losses = linear_loss(_flat(chunk.to_head(states)), chunk.head_weight(), rows(chunk, labels), expected)
+        return losses.view(batch["labels"].shape[::-1]).transpose(0, 1)
+
+    return _chunk(model)(batch["tokens"], batch.get("segment_ids"), head)
+
+
+def _logits_head(chunk: R1Model, states: Tensor) -> Tensor:
+    return chunk.output_layer(states, weight=chunk.head_weight())[0].transpose(0, 1)
+
+
+def _flat(states: Tensor) -> Tensor:
+    return states.flatten(0, 1)
 
 
 def _chunk(model: Model) -> nn.Module:

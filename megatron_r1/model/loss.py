@@ -1,19 +1,21 @@
 """Every loss of the project, once: next-token prediction, distillation, distillation from stored top-k.
 
-Training, influence and evaluation all take their numbers from here. Each function works on this rank's piece of the
-vocabulary (`VocabShard`); without tensor parallelism the piece is everything.
+Training, influence and evaluation all take their numbers from here. The formulas and their derivatives are in
+`ops.row_losses`; `model.forward` applies them chunk by chunk without ever holding the logits, the functions below to logits
+that are there. Each works on this rank's piece of the vocabulary (`VocabShard`); without tensor parallelism that is all.
 
 Legend: b rows, s tokens, V vocabulary, p tensor-parallel degree, k stored teacher entries per token.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from megatron_r1.ops.linear_loss import logits_loss
+from megatron_r1.ops.row_losses import CrossEntropyRows, DistillRows, DistillTopKRows
 from megatron_r1.parallel.vocab import VocabShard
+from megatron_r1.utils.errors import DataError
 
 
 def masked_sum(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,6 +29,11 @@ def next_token(losses: Tensor, loss_mask: Tensor) -> Tensor:
     return total / count.clamp(min=1)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, shard: VocabShard | None = None) -> Tensor:
+    """-log softmax(logits)[label] at every position: logits [b, s, V/p], labels [b, s] (whole-vocabulary ids) -> fp32 [b, s]."""
+    return logits_loss(logits, CrossEntropyRows(labels.flatten(), shard or _whole(logits)))
+
+
 def distill_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, shard: VocabShard | None = None) -> Tensor:
     """Forward Kullback-Leibler divergence KL(teacher || student) at every position: fp32 [b, s].
 
@@ -35,8 +42,16 @@ def distill_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     this divergence alone (arXiv 2509.24945, section 3.2; direction, T = 1 and the absence of a cross-entropy term are our
     reading). Differentiable with respect to the student; the teacher is a constant.
     `shard`: this rank's piece when the logits are cut along the vocabulary.
+    Raises DataError when the two vocabularies differ.
     """
-    return _DistillKL.apply(student_logits, teacher_logits.detach(), float(temperature), shard or _whole(student_logits))
+    if student_logits.shape != teacher_logits.shape:
+        raise DataError(
+            expected=f"teacher logits of the student's shape {tuple(student_logits.shape)}",
+            found=f"{tuple(teacher_logits.shape)}",
+            fix="distil from a teacher with the same tokenizer and vocabulary, on the same batch",
+        )
+    rows = teacher_logits.detach().flatten(0, -2)
+    return logits_loss(student_logits, DistillRows(lambda a, b: rows[a:b], float(temperature), shard or _whole(student_logits)))
 
 
 def distill_topk_kl(
@@ -50,7 +65,13 @@ def distill_topk_kl(
     `distill_kl`, equal to it when k = V. (Renormalising the k instead would push the student's other tokens to zero.)
     Times T^2, as above. `shard`: as above; indices stay whole-vocabulary ids.
     """
-    return _DistillTopK.apply(student_logits, indices, teacher_logprobs.detach(), float(temperature), shard or _whole(student_logits))
+    shard = shard or _whole(student_logits)
+    return logits_loss(student_logits, topk_rows(indices, teacher_logprobs, temperature, shard, student_logits.shape[-1] * shard.parts))
+
+
+def topk_rows(indices: Tensor, teacher_logprobs: Tensor, temperature: float, shard: VocabShard, vocab_size: int) -> DistillTopKRows:
+    """The row loss of `distill_topk_kl` for [b, s, k] tensors."""
+    return DistillTopKRows(indices.flatten(0, -2).long(), teacher_logprobs.detach().flatten(0, -2), float(temperature), shard, vocab_size)
 
 
 def mix(hard: Tensor, soft: Tensor, hard_weight: float) -> Tensor:
@@ -62,71 +83,3 @@ def mix(hard: Tensor, soft: Tensor, hard_weight: float) -> Tensor:
 
 def _whole(logits: Tensor) -> VocabShard:
     return VocabShard(0, logits.shape[-1], 1)
-
-
-def _log_partition(logits: Tensor, shard: VocabShard) -> Tensor:
-    """log sum_v exp(logits_v) over the whole vocabulary: [..., V/p] -> [..., 1]."""
-    if shard.whole:
-        return torch.logsumexp(logits, dim=-1, keepdim=True)
-    top = shard.max(logits.amax(dim=-1, keepdim=True))
-    return shard.sum((logits - top).exp_().sum(dim=-1, keepdim=True)).log_() + top
-
-
-class _DistillKL(torch.autograd.Function):
-    """d KL / d s_v = T^2 * (softmax(s/T)_v - softmax(t/T)_v) / T."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, shard: VocabShard) -> Tensor:
-        s = student.float() / temperature if temperature != 1.0 else student.float()
-        t = teacher.float() / temperature if temperature != 1.0 else teacher.float()
-        log_zs, log_zt = _log_partition(s, shard), _log_partition(t, shard)
-        p = (t - log_zt).exp_()
-        gap = shard.sum(torch.linalg.vecdot(p, t - s).unsqueeze(-1))
-        ctx.save_for_backward(s, log_zs, p)
-        ctx.temperature, ctx.dtype = temperature, student.dtype
-        return (gap - log_zt + log_zs).squeeze(-1) * temperature**2
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        s, log_zs, p = ctx.saved_tensors
-        d = (s - log_zs).exp_().sub_(p).mul_(grad.unsqueeze(-1) * ctx.temperature)
-        return d.to(ctx.dtype), None, None, None
-
-
-class _DistillTopK(torch.autograd.Function):
-    """With q the student, K the stored tokens, r the teacher's rest: d KL / d s_v = q_v - p_v for v in K, and
-    q_v - r * q_v / (1 - sum_K q) otherwise (times T)."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, indices: Tensor, logprobs: Tensor, temperature: float, shard: VocabShard) -> Tensor:
-        s = student.float() / temperature if temperature != 1.0 else student.float()
-        here = (indices >= shard.start) & (indices < shard.end)
-        local = (indices - shard.start).where(here, torch.zeros_like(indices))
-        # Entries of other ranks' pieces must not touch ours: send them to a spare column at the end.
-        stored = torch.zeros(*s.shape[:-1], s.shape[-1] + 1, dtype=torch.bool, device=s.device)
-        stored.scatter_(-1, local.where(here, torch.full_like(local, s.shape[-1])), True)
-        stored = stored[..., :-1]
-        log_p = logprobs.float()
-        p = log_p.exp()
-        stated = p.sum(-1, keepdim=True)
-        rest = (1.0 - stated).clamp_(min=0.0)
-        log_z = _log_partition(s, shard)
-        log_z_rest = _log_partition(s.masked_fill(stored, float("-inf")), shard) if indices.shape[-1] < shard.parts * s.shape[-1] else None
-        picked = shard.sum(s.gather(-1, local).masked_fill_(~here, 0.0))
-        kl = (p * (log_p - picked + log_z)).sum(-1, keepdim=True)
-        if log_z_rest is not None:
-            kl = kl + torch.xlogy(rest, rest) - rest * (log_z_rest - log_z)
-        ctx.save_for_backward(s, log_z, log_z_rest, stored, local, p.masked_fill(~here, 0.0), rest, stated + rest)
-        ctx.temperature, ctx.dtype = temperature, student.dtype
-        return kl.squeeze(-1) * temperature**2
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        s, log_z, log_z_rest, stored, local, p, rest, mass = ctx.saved_tensors
-        # `mass` is 1 but for what rounding of the stored numbers adds.
-        d = (s - log_z).exp_().mul_(mass)
-        if log_z_rest is not None:
-            d.sub_((s - log_z_rest).exp_().mul_(rest).masked_fill_(stored, 0.0))
-        d.scatter_add_(-1, local, -p)
-        d.mul_(grad.unsqueeze(-1) * ctx.temperature)
-        return d.to(ctx.dtype), None, None, None, None

@@ -31,7 +31,14 @@ from megatron_r1.parallel.mcore import InProcessSave, MegatronOptimizer, Sharded
 from megatron_r1.parallel.optimizer import adam_step, local_states, set_adam_step
 from megatron_r1.parallel.pickle_guard import check_index
 from megatron_r1.utils.errors import ArtifactError, CheckpointError, R1Error
-from megatron_r1.utils.io import atomic_write_json, disk_errors, fsync_directory, read_json, require_free_space, sha256_file
+from megatron_r1.utils.io import (
+    atomic_write_json,
+    disk_errors,
+    fsync_directory,
+    read_json,
+    require_free_space,
+    sha256_file,
+)
 
 FORMAT = 1
 _CHECKSUMS, _COMMON, _WEIGHTS = "checksums.json", "common.json", "weights"

@@ -8,7 +8,12 @@ from torch import nn
 
 from megatron_r1.parallel.config import LayoutConfig
 from megatron_r1.parallel.context import ParallelContext
-from megatron_r1.parallel.mcore import DistributedDataParallel, DistributedDataParallelConfig, Float16Module, get_model_config
+from megatron_r1.parallel.mcore import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    Float16Module,
+    get_model_config,
+)
 
 
 def wrap(chunks: Sequence[nn.Module], layout: LayoutConfig, ctx: ParallelContext) -> list[nn.Module]:

@@ -8,15 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1.parallel.mcore import (
-    gather_from_tensor_model_parallel_region,
-    parallel_state,
-    tensor_parallel,
-)
+from megatron_r1.parallel.mcore import gather_from_tensor_model_parallel_region, parallel_state
 
 
 @dataclass(frozen=True)
@@ -43,13 +38,6 @@ class VocabShard:
     def gather(self, logits: Tensor) -> Tensor:
         """[..., V / parts] of every piece -> [..., V] on every rank; differentiable."""
         return logits if self.whole else gather_from_tensor_model_parallel_region(logits)
-
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """-log softmax(logits)[label], fp32: logits [..., V / parts], labels [...] (whole-vocabulary ids) -> [...]."""
-        if self.whole:
-            flat = torch.nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
-            return flat.view(labels.shape)
-        return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels)
 
     def _reduce(self, x: Tensor, op: dist.ReduceOp) -> Tensor:
         if not self.whole:
