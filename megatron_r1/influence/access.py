@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megatron_r1.artifacts.checkpoint import CheckpointInfo, CheckpointSet
@@ -29,7 +28,7 @@ class LoadedCheckpoint:
 
 
 def context(seed: int) -> ParallelContext:
-    """Process groups of a single model copy: influence scores on one process."""
+    """Process groups with a whole model on every process; several processes share the partitions among them."""
     return initialize(LayoutConfig(), seed)
 
 
@@ -37,7 +36,7 @@ def load(checkpoints: CheckpointSet, point: CheckpointInfo, ctx: ParallelContext
     """Load weights in fp32, and the optimizer's second moment when P needs it. Raises CheckpointError when it is not there."""
     chunks = load_model(point, ctx, precision="fp32")
     (model,) = chunks
-    model.eval()
+    model.eval().requires_grad_(True)
     parameters = dict(model.named_parameters())
 
     def losses(batch: Batch) -> Tensor:
@@ -51,7 +50,3 @@ def load(checkpoints: CheckpointSet, point: CheckpointInfo, ctx: ParallelContext
     chosen = trainer if eps is None or eps == own else Adam(moment, step, beta2, eps)
     return LoadedCheckpoint(losses, parameters, chosen, trainer, own if eps is None else eps)
 
-
-def device(ctx: ParallelContext) -> torch.device:
-    """Where batches go."""
-    return ctx.device

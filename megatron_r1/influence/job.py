@@ -16,9 +16,21 @@ from megatron_r1.influence.config import InfluenceConfig
 from megatron_r1.influence.rows import Row, padded_tokens
 from megatron_r1.influence.select import Chosen, choose, evenly
 from megatron_r1.influence.store import ScoreStore, parts
-from megatron_r1.influence.validity import cost
 from megatron_r1.utils import io
 from megatron_r1.utils.errors import ArtifactError, ConfigError
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Documents first..last-1 of the chosen ones of a source."""
+
+    source: str
+    number: int
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first
 
 
 @dataclass(frozen=True)
@@ -48,18 +60,35 @@ class Job:
         firsts = [chosen.rows[i] for i in range(wanted) for chosen in self.chosen.values() if i < len(chosen.rows)]
         return firsts[:wanted]
 
-    def partitions(self) -> list[tuple[str, int, int, int]]:
-        """(source, partition number, first document, past-the-end document)."""
+    def partitions(self) -> list[Partition]:
+        """The units of resumption, the same at every checkpoint."""
         size = self.config.partition_documents
-        return [(s, k, a, b) for s, chosen in self.chosen.items() for k, (a, b) in enumerate(parts(len(chosen.index), size))]
+        return [
+            Partition(source, number, first, last)
+            for source, chosen in self.chosen.items()
+            for number, (first, last) in enumerate(parts(len(chosen.index), size))
+        ]
 
-    def load(self, step: int, source: str, part: int, first: int, last: int) -> np.ndarray | None:
-        """A finished partition, float64 [n, C F]."""
-        return self.store.load(step, source, part, (last - first, self.columns))
+    def rows(self, partition: Partition) -> list[Row]:
+        """Rows of a partition's documents, units counted from 0."""
+        return self.chosen[partition.source].part(partition.first, partition.last)
+
+    def load(self, step: int, partition: Partition) -> np.ndarray | None:
+        """The scores of a finished partition, float64 [n, C F], or None."""
+        return self.store.load(step, partition.source, partition.number, (len(partition), self.columns))
+
+    def save(self, step: int, partition: Partition, scores: np.ndarray) -> None:
+        """Keep the scores of a partition, float64 [n, C F]."""
+        self.store.save(step, partition.source, partition.number, scores)
 
     def directions_file(self, step: int) -> Path:
         """Where the directions of a checkpoint are noted."""
         return self.store.folder / str(step) / "directions.json"
+
+    @property
+    def receipt_file(self) -> Path:
+        """Where the receipt is kept."""
+        return self.store.folder / "validity.json"
 
 
 def require_matching(inputs: Mapping[str, Artifact], shards: ShardSet, probe: ProbeSet, checkpoints: CheckpointSet) -> None:
@@ -98,26 +127,26 @@ def prepare(config: InfluenceConfig, shards: ShardSet, probe: ProbeSet, checkpoi
     return Job(config, chosen, rows, evenly(trained, config.checkpoints), store, config.seed or 0)
 
 
-def work_tokens(job: Job) -> tuple[int, int, int]:
-    """Token-forwards of one checkpoint's directions, of its scoring, and of the receipt (a backward counts as two)."""
-    config = job.config
-    check = padded_tokens(job.check_rows(), job.tokens)
-    folds = config.probe_folds
-    directions = sum(3 * padded_tokens(rows[f::folds], job.tokens) for rows in job.probe.values() for f in range(folds)) + 4 * check * job.columns
-    scoring = sum(2 * job.columns * padded_tokens(job.chosen[source].part(a, b), job.tokens) for source, _, a, b in job.partitions())
-    return directions, scoring, cost(config.validity, job.chosen, job.probe, job.seed, job.tokens)
+def direction_tokens(job: Job) -> int:
+    """Token-forwards that the directions of one checkpoint take (a backward counts as two)."""
+    folds = job.config.probe_folds
+    gradients = sum(3 * padded_tokens(rows[fold::folds], job.tokens) for rows in job.probe.values() for fold in range(folds))
+    return gradients + 4 * job.columns * padded_tokens(job.check_rows(), job.tokens)
+
+
+def scoring_tokens(job: Job, partition: Partition) -> int:
+    """Token-forwards that a partition takes at one checkpoint: two per direction."""
+    return 2 * job.columns * padded_tokens(job.rows(partition), job.tokens)
 
 
 def scores_at(job: Job, step: int) -> dict[str, np.ndarray]:
     """Raw scores of one checkpoint from the finished partitions: source -> float64 [n, C, F]."""
     found: dict[str, list[np.ndarray]] = {source: [] for source in job.chosen}
-    for source, part, first, last in job.partitions():
-        scores = job.load(step, source, part, first, last)
+    for partition in job.partitions():
+        scores = job.load(step, partition)
         if scores is None:
-            raise ArtifactError(
-                expected=f"a finished partition {part} of {source} at step {step}", found="none", fix="run the same command again"
-            )
-        found[source].append(scores)
+            raise ArtifactError(expected=f"{partition} of step {step}, finished", found="none", fix="run the same command again")
+        found[partition.source].append(scores)
     return {source: np.concatenate(all_parts).reshape(-1, len(job.probe), job.config.probe_folds) for source, all_parts in found.items()}
 
 

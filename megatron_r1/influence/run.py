@@ -19,6 +19,7 @@ from megatron_r1.artifacts.influence import (
 )
 from megatron_r1.artifacts.probe import ProbeSet, load_probe
 from megatron_r1.data.shards import ShardSet
+from megatron_r1.influence import access
 from megatron_r1.influence.aggregate import summarise
 from megatron_r1.influence.config import InfluenceConfig
 from megatron_r1.influence.job import Job, fold_weights, prepare, require_matching, scores_at
@@ -31,8 +32,10 @@ from megatron_r1.utils.logging import get_logger
 log = get_logger(__name__)
 
 
-def run(config: InfluenceConfig, inputs: Mapping[str, Any], work: Workspace) -> Artifact:
+def run(config: InfluenceConfig, inputs: Mapping[str, Any], work: Workspace) -> Artifact | None:
     """Score documents and write `influence.json` and `scores/<source>.parquet`. Resumable at every partition.
+
+    Every process of a torchrun job may take part (they share the partitions); those that are not rank 0 return None.
 
     Raises ArtifactError when the inputs do not belong together, ConfigError or DataError when there is nothing to score,
     CheckpointError when the checkpoint has no fp32 weights or lacks the optimizer state the preconditioner needs.
@@ -40,7 +43,10 @@ def run(config: InfluenceConfig, inputs: Mapping[str, Any], work: Workspace) -> 
     shards, probe, checkpoints = ShardSet.open(inputs["shards"]), load_probe(inputs["probe"]), CheckpointSet.open(inputs["checkpoint"])
     require_matching(inputs, shards, probe, checkpoints)
     job = prepare(config, shards, probe, checkpoints, ScoreStore(work.tmp / "partitions"))
-    validity = score(job, checkpoints)
+    ctx = access.context(job.seed)
+    validity = score(job, checkpoints, ctx)
+    if not ctx.is_main:
+        return None
     record = finish(job, probe, work, validity)
     io.atomic_write_json(work.path / INFLUENCE_FILE, record.plain())
     for source, cell in sorted(record.joint.items(), key=lambda item: -item[1].mean):

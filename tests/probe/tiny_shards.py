@@ -36,8 +36,11 @@ def build_shards(folder: Path, sources: Mapping[str, Mapping[str, Documents]], n
     return work.complete({})
 
 
-def markov(seed: int, width: int = 8, vocab: int = VOCAB) -> Sampler:
-    """A sampler of documents from one random Markov chain: each token has `width` likely successors."""
+def markov(seed: int, width: int = 8, vocab: int = VOCAB, first: int = 0, noise: float = 0.0) -> Sampler:
+    """A sampler of documents from one random Markov chain over `vocab` tokens from `first`.
+
+    Each token has `width` likely successors; with probability `noise` any token follows instead.
+    """
     rng = np.random.default_rng(seed)
     successors = rng.integers(0, vocab, (vocab, width))
 
@@ -45,9 +48,10 @@ def markov(seed: int, width: int = 8, vocab: int = VOCAB) -> Sampler:
         tokens = np.empty(length, np.int64)
         tokens[0] = draw.integers(vocab)
         choices = draw.integers(0, width, length)
+        strays = np.where(draw.random(length) < noise, draw.integers(0, vocab, length), -1)
         for i in range(1, length):
-            tokens[i] = successors[tokens[i - 1], choices[i]]
-        return tokens
+            tokens[i] = successors[tokens[i - 1], choices[i]] if strays[i] < 0 else strays[i]
+        return tokens + first
 
     return sample
 

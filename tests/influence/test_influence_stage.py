@@ -1,0 +1,241 @@
+"""The whole stage on a small world with known answers, and what an interruption may not change."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+from small_world import TOKENS, influence_config
+
+from megatron_r1.artifacts.base import Artifact, open_workspace
+from megatron_r1.artifacts.influence import InfluenceTable, column
+from megatron_r1.data.shards import ShardSet
+from megatron_r1.influence import job as jobs
+from megatron_r1.influence.config import InfluenceConfig
+from megatron_r1.influence.run import run
+from megatron_r1.influence.select import alphas, choose, evenly
+from megatron_r1.utils.errors import ArtifactError, ConfigError, DataError
+
+World = dict[str, Artifact]
+
+
+def score(config: InfluenceConfig, world: World, folder: Path) -> Artifact:
+    found = run(config, world, open_workspace(folder, "influence", "influence", config, world))
+    assert found is not None
+    return found
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Checksums of the payload."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "manifest.json"]
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def scored(world: World, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return score(influence_config(), world, tmp_path_factory.mktemp("scored"))
+
+
+@pytest.fixture(scope="module")
+def table(scored: Artifact) -> InfluenceTable:
+    return InfluenceTable.open(scored)
+
+
+def test_each_language_helps_itself_most(table: InfluenceTable) -> None:
+    for capability in ("left", "right"):
+        others = [cells[capability].interval[1] for source, cells in table.record.sources.items() if source != capability]
+        assert table.record.sources[capability][capability].interval[0] > max(others)
+
+
+def test_shuffled_tokens_harm_every_capability(table: InfluenceTable) -> None:
+    assert all(cell.interval[1] < 0 for cell in table.record.sources["shuffled"].values())
+    assert table.record.joint["shuffled"].interval[1] < 0
+
+
+def test_a_source_split_in_two_gets_one_influence(table: InfluenceTable) -> None:
+    """Clone test: the difference of the halves lies within the interval of a difference."""
+    for c in range(2):
+        a, b = (table.resample(twin, 2000, 0)[:, c] for twin in ("twin_a", "twin_b"))
+        low, high = np.quantile(a - b, [0.005, 0.995])
+        assert low < 0 < high
+
+
+def test_the_receipt_says_the_scores_foretell_real_steps(table: InfluenceTable) -> None:
+    validity = table.record.validity
+    assert validity is not None
+    assert validity["checkpoint"] == 240
+    for entry in validity["capabilities"].values():
+        assert len(entry["predicted"]) == len(entry["measured"]) == 12
+        assert entry["spearman"] >= 0.95
+        assert entry["sign_agreement"] >= 0.75
+
+
+def test_the_record_says_what_it_is(table: InfluenceTable, world: World) -> None:
+    record = table.record
+    assert [(point.step, point.alpha) for point in record.checkpoints] == [(160, 0.4), (240, 0.6)]
+    assert (record.preconditioner, record.eps) == ("adam", 1e-8)
+    assert record.probe_sha256 == world["probe"].json("probe.json")["sha256"]
+    assert record.interval_covers == ["scored documents"]
+    assert "probe_folds" in record.notes[0]
+    for direction in record.directions.values():
+        assert direction.truncation is not None
+        assert direction.truncation < 0.02
+        assert sum(direction.energy.values()) == pytest.approx(1)
+        assert set(direction.energy) == {"embedding", "norm", "attention", "ffn"}
+    assert all(value is not None and value > 0.5 for value in record.reliability.values())
+
+
+def test_summary_equals_the_table_by_hand(scored: Artifact, table: InfluenceTable) -> None:
+    """Eq. 5 and the mean per token, recomputed from the parquet files alone."""
+    columns = {s: parquet.read_table(scored.path / f"scores/{s}.parquet").to_pydict() for s in table.sources}
+    alpha = {160: 0.4, 240: 0.6}
+    joint = dict.fromkeys(table.sources, 0.0)
+    for capability in ("left", "right"):
+        for source, own in columns.items():
+            mean = 0.0
+            for step, weight in alpha.items():
+                name = f"{capability}@{step}"
+                rates = [np.array(c[name]) / np.array(c["n_tokens"]) for c in columns.values()]
+                rms = np.sqrt(np.mean(np.concatenate(rates) ** 2))
+                mean += weight * np.sum(own[name]) / rms / np.sum(own["n_tokens"])
+            assert table.record.sources[source][capability].mean == pytest.approx(mean, rel=1e-9)
+            joint[source] += mean / 2
+    assert {s: cell.mean for s, cell in table.record.joint.items()} == pytest.approx(joint, rel=1e-9)
+
+
+def test_rows_name_the_documents_they_score(table: InfluenceTable, world: World) -> None:
+    shards = ShardSet.open(world["shards"])
+    for source in table.sources:
+        scores, shard = table.scores(source), shards.split(source)
+        assert len(set(scores.index.tolist())) == 40
+        assert scores.ids == [shard.ids[i] for i in scores.index]
+        whole = np.array([len(shard.tokens(i)) for i in scores.index])
+        assert np.array_equal(scores.n_tokens, np.minimum(whole - 1, TOKENS))
+        assert (scores.start + scores.n_tokens + 1 <= whole).all()
+    assert (table.scores("left").start > 0).any()
+
+
+@pytest.mark.parametrize("stop_after", [1, 7, 13])
+def test_killed_and_run_again_gives_the_same_bytes(scored: Artifact, world: World, tmp_path: Path, monkeypatch: Any, stop_after: int) -> None:
+    """10 partitions per checkpoint: the kill falls in the first, again in the first, and in the second checkpoint."""
+
+    class Killed(BaseException):
+        pass
+
+    saved = []
+    save = jobs.Job.save
+
+    def dying(self: jobs.Job, step: int, partition: jobs.Partition, scores: np.ndarray) -> None:
+        if len(saved) == stop_after:
+            raise Killed
+        saved.append((step, partition))
+        save(self, step, partition, scores)
+
+    config = influence_config()
+    monkeypatch.setattr(jobs.Job, "save", dying)
+    with pytest.raises(Killed):
+        score(config, world, tmp_path)
+    assert not list(tmp_path.glob("influence-????????"))
+    again: list[tuple[int, jobs.Partition]] = []
+
+    def counting(self: jobs.Job, step: int, partition: jobs.Partition, scores: np.ndarray) -> None:
+        again.append((step, partition))
+        save(self, step, partition, scores)
+
+    monkeypatch.setattr(jobs.Job, "save", counting)
+    resumed = score(config, world, tmp_path)
+    assert not set(again) & set(saved)
+    assert len(again) + len(saved) == 20
+    assert digests(resumed.path) == digests(scored.path)
+
+
+def test_a_torn_partition_is_computed_again(scored: Artifact, world: World, tmp_path: Path) -> None:
+    config = influence_config()
+    work = open_workspace(tmp_path, "influence", "influence", config, world)
+    torn = work.tmp / "partitions" / "160" / "left.00000.npy"
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"\x93NUMPY torn")
+    assert digests(score(config, world, tmp_path).path) == digests(scored.path)
+
+
+def test_probe_folds_sum_to_the_whole_and_widen_the_intervals(table: InfluenceTable, world: World, tmp_path: Path) -> None:
+    few = {"documents": 10, "checkpoints": 1, "validity": {"batches": 0}, "sources": ["left", "right", "twin_a"]}
+    whole = InfluenceTable.open(score(influence_config(**few), world, tmp_path / "whole"))
+    split = InfluenceTable.open(score(influence_config(**few, probe_folds=4), world, tmp_path / "split"))
+    assert split.record.interval_covers == ["scored documents", "probe folds"]
+    for source in whole.sources:
+        a, b = whole.scores(source), split.scores(source)
+        assert b.folds is not None
+        assert np.linalg.norm(a.raw - b.raw) / np.linalg.norm(a.raw) < 5e-3
+        assert np.allclose(np.einsum("nctf,cf->nct", b.folds, [split.record.fold_weights[c] for c in split.record.capabilities]), b.raw)
+    width = {name: np.subtract(*t.record.sources["left"]["left"].interval[::-1]) for name, t in (("whole", whole), ("split", split))}
+    assert width["split"] > width["whole"]
+
+
+def test_whole_documents_sum_their_windows(world: World, tmp_path: Path) -> None:
+    few = {"documents": 6, "checkpoints": 1, "validity": {"batches": 0}, "sources": ["left", "right"], "tokens_per_document": 32}
+    found = InfluenceTable.open(score(influence_config(**few, score_unit="document"), world, tmp_path))
+    shard = ShardSet.open(world["shards"]).split("left")
+    scores = found.scores("left")
+    assert scores.n_tokens.tolist() == [len(shard.tokens(i)) - 1 for i in scores.index]
+    assert (scores.n_tokens > 32).any()
+
+
+def test_without_preconditioner_no_optimizer_state_is_needed(world: World, tmp_path: Path) -> None:
+    few = {"documents": 6, "checkpoints": 1, "sources": ["left", "shuffled"], "preconditioner": "none", "validity": {"batches": 4}}
+    record = InfluenceTable.open(score(influence_config(**few), world, tmp_path)).record
+    assert (record.preconditioner, record.eps) == ("none", None)
+    assert record.reliability["joint"] is None
+    assert record.sources["left"]["left"].mean > 0
+
+
+def test_refusals(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"at least 3 trained checkpoints[\s\S]*found: 2"):
+        score(influence_config(checkpoints=3), world, tmp_path)
+    with pytest.raises(ConfigError, match=r"twin_a[\s\S]*found: nobody"):
+        score(influence_config(sources=["left", "nobody"]), world, tmp_path)
+    with pytest.raises(DataError, match=r"at least 1000 tokens[\s\S]*min_tokens"):
+        score(influence_config(min_tokens=1000), world, tmp_path)
+
+
+def test_a_probe_of_other_shards_is_refused(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "probe"
+    shutil.copytree(world["probe"].path, folder)
+    text = (folder / "probe.json").read_text().replace(world["shards"].fingerprint, "0" * 64)
+    (folder / "probe.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"a probe made from the shards[\s\S]*same corpus step"):
+        score(influence_config(), {**world, "probe": Artifact(folder, world["probe"].manifest)}, tmp_path)
+
+
+def test_a_changed_probe_document_is_refused(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "probe"
+    shutil.copytree(world["probe"].path, folder)
+    text = (folder / "probe.json").read_text().replace('"start": 0', '"start": 1', 1)
+    (folder / "probe.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"probe documents with the hash"):
+        score(influence_config(), {**world, "probe": Artifact(folder, world["probe"].manifest)}, tmp_path)
+
+
+def test_checkpoints_are_evenly_spaced_and_end_at_the_last() -> None:
+    assert evenly([1, 2, 3, 4, 5, 6], 3) == [2, 4, 6]
+    assert evenly([1, 2, 3, 4, 5], 2)[-1] == 5
+    assert evenly([7], 1) == [7]
+    assert all(len(set(evenly(range(n), k))) == k and evenly(range(n), k)[-1] == n - 1 for n in range(1, 30) for k in range(1, n + 1))
+    assert alphas([10, 20, 30]) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+
+
+def test_asking_for_more_documents_keeps_those_drawn(world: World) -> None:
+    shard = ShardSet.open(world["shards"]).split("left")
+    few, many = (choose(influence_config(documents=n), "left", shard) for n in (5, 25))
+    assert np.array_equal(few.index, many.index[:5])
+    assert np.array_equal(few.start, many.start[:5])
+
+
+def test_column_names() -> None:
+    assert column("code", 500) == "code@500"
+    assert column("code", 500, 2) == "code@500#2"
