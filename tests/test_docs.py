@@ -92,6 +92,17 @@ def test_the_check_of_commands_can_fail(line: str) -> None:
         check_command(line.split())
 
 
+def examples() -> list[tuple[str, str]]:
+    """(page, text) of every whole recipe shown in the documentation."""
+    return [(page.name, block) for page in PAGES for block in re.findall(r"```yaml\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]
+
+
+@pytest.mark.parametrize(("page", "text"), examples(), ids=[f"{page}-{i}" for i, (page, _) in enumerate(examples())])
+def test_recipes_in_the_documentation_are_valid(page: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "example.yaml").write_text(text, "utf-8")
+    assert load_recipe(str(tmp_path / "example.yaml")).steps
+
+
 # ------------------------------------------------------------------------------------------------ paths and links
 
 
