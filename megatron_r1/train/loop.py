@@ -56,7 +56,6 @@ class Window:
     steps: int = 0
     seconds: float = 0.0
     sources: dict[str, list[float]] = field(default_factory=dict)
-    extras: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -177,7 +176,7 @@ class Trainer:
 
     def _reduce(self, reports: Sequence[dict[str, torch.Tensor]], stop: bool) -> dict[str, Any]:
         """Sums over micro-batches and ranks, on every rank. One small all-reduce per step."""
-        names = ["loss_sum", "num_tokens", *self.objective.extras]
+        names = ["loss_sum", "num_tokens"]
         sources = len(self.data.sources)
         sums = torch.zeros(len(names) + 2 * sources + 1, dtype=torch.float64, device=self.ctx.device)
         if self.ctx.tensor_rank == 0:
@@ -202,5 +201,3 @@ class Trainer:
         for name, (loss, count) in sums["sources"].items():
             total = window.sources.setdefault(name, [0.0, 0.0])
             total[0], total[1] = total[0] + loss, total[1] + count
-        for name in self.objective.extras:
-            window.extras[name] = window.extras.get(name, 0.0) + sums[name]

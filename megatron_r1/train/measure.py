@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megatron_r1.model.build import R1Model
+from megatron_r1.model.forward import token_losses
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.parallel.schedule import LossFunction, forward_backward
 from megatron_r1.train.heldout import Rows
@@ -17,7 +19,7 @@ from megatron_r1.train.heldout import Rows
 Consume = Callable[[Tensor, np.ndarray], None]
 
 
-def run_rows(ctx: ParallelContext, chunks: Sequence[nn.Module], rows: Rows, micro_batch: int, output: str, consume: Consume) -> None:
+def run_rows(ctx: ParallelContext, chunks: Sequence[nn.Module], rows: Rows, micro_batch: int, output: Literal["losses", "hidden"], consume: Consume) -> None:
     """Run every row once, somewhere, without gradients, and hand the results to `consume`. Collective.
 
     `output`: "losses" [b, s] or "hidden" [b, s, d]. `consume` is called on the last stage only, and there on one
@@ -33,7 +35,7 @@ def run_rows(ctx: ParallelContext, chunks: Sequence[nn.Module], rows: Rows, micr
     def forward_step(batches: Iterator[np.ndarray], chunk: nn.Module) -> tuple[Tensor, LossFunction]:
         chosen = next(batches)
         batch = {key: torch.from_numpy(_take(rows.batch[key], chosen)).to(ctx.device) for key in ("tokens", "labels", "segment_ids")}
-        result = chunk(batch["tokens"], batch["segment_ids"], batch["labels"], output)
+        result = token_losses(chunk, batch) if output == "losses" else chunk(batch["tokens"], batch["segment_ids"], _states)
 
         def loss(out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             if ctx.tensor_rank == 0:
@@ -43,6 +45,11 @@ def run_rows(ctx: ParallelContext, chunks: Sequence[nn.Module], rows: Rows, micr
         return result, loss
 
     forward_backward(ctx, chunks, forward_step, iter(mine), len(mine), rows.batch["tokens"].shape[1], micro_batch, forward_only=True)
+
+
+def _states(model: R1Model, hidden: Tensor) -> Tensor:
+    """Head of the model that stops after the final norm: [b, s, d]."""
+    return model.whole_sequence(hidden).transpose(0, 1)
 
 
 def _take(array: np.ndarray, chosen: np.ndarray) -> np.ndarray:

@@ -15,53 +15,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_r1.model.forward import sharded_logits, token_losses
-from megatron_r1.model.loss import distill_kl, distill_topk_kl, masked_sum, mix
+from megatron_r1.model.forward import distill_losses, distill_topk_losses, sharded_logits, token_losses
+from megatron_r1.model.loss import distill_kl, masked_sum, mix
 from megatron_r1.parallel.ddp import unwrap
 from megatron_r1.parallel.schedule import LossFunction
 from megatron_r1.train.config import DistillConfig
-from megatron_r1.train.teacher import Teacher, documents_apart
+from megatron_r1.train.teacher import Teacher, TrainedTeacher, documents_apart
 from megatron_r1.train.topk_cache import TopKCache
 
 TENSORS = ("tokens", "labels", "loss_mask", "segment_ids", "position_ids", "source_ids")
+Arrays = Mapping[str, Any]
+Tensors = dict[str, Tensor]
 
 
-def to_tensors(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+def to_tensors(batch: Arrays, device: torch.device) -> Tensors:
     """The arrays of a batch a forward pass needs, on the device."""
     return {key: torch.from_numpy(batch[key]).to(device, non_blocking=True) for key in TENSORS}
 
 
 class Objective:
     """Next-token loss: -log p(label), over the positions whose loss mask is 1. Fine-tuning is the same with the mask of the
-    conversation. `extras`: names of further per-token quantities whose means are logged."""
-
-    extras: tuple[str, ...] = ()
+    conversation."""
 
     def __init__(self, sources: int, device: torch.device) -> None:
         self.sources, self.device = sources, device
 
-    def output(self, chunk: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """What the chunk passes to `losses` (on stages that are not the last: its activations)."""
+    def output(self, chunk: nn.Module, batch: Tensors, arrays: Arrays) -> Tensor:
+        """What the chunk hands to `losses` (on stages that are not the last: to the next stage)."""
         return token_losses(chunk, batch)
 
-    def losses(self, output: Tensor, chunk: nn.Module, batch: dict[str, Tensor], arrays: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of every position [b, s], and the extras, each [b, s] without gradient. Last stage only."""
-        return output, {}
+    def losses(self, output: Tensor, chunk: nn.Module, batch: Tensors) -> Tensor:
+        """Loss of every position [b, s]. Last stage only."""
+        return output
 
-    def forward_step(self, batches: Iterator[Mapping[str, Any]], chunk: nn.Module) -> tuple[Tensor, LossFunction]:
+    def forward_step(self, batches: Iterator[Arrays], chunk: nn.Module) -> tuple[Tensor, LossFunction]:
         """Take a micro-batch, run the chunk, and say how its loss is computed."""
         arrays = next(batches)
         batch = to_tensors(arrays, self.device)
 
-        def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            losses, extras = self.losses(output, chunk, batch, arrays)
-            total, count = masked_sum(losses, batch["loss_mask"])
-            reports = {name: masked_sum(values, batch["loss_mask"])[0] for name, values in extras.items()}
-            return total, count, reports | self._by_source(losses.detach(), batch)
+        def loss(output: Tensor) -> tuple[Tensor, Tensor, Tensors]:
+            losses = self.losses(output, chunk, batch)
+            return *masked_sum(losses, batch["loss_mask"]), self._by_source(losses.detach(), batch)
 
-        return self.output(chunk, batch), loss
+        return self.output(chunk, batch, arrays), loss
 
-    def _by_source(self, losses: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _by_source(self, losses: Tensor, batch: Tensors) -> Tensors:
         """Sum of the losses and number of targets of every source: two fp64 [n]."""
         mask, ids = batch["loss_mask"].double(), batch["source_ids"].long()
         zeros = torch.zeros(self.sources, dtype=torch.float64, device=self.device)
@@ -72,32 +70,33 @@ class Objective:
 class Distill(Objective):
     """kd_weight * T^2 * KL(teacher || student at T) + (1 - kd_weight) * next-token loss; kd_weight 1, T 1 as published.
 
-    The teacher is live (`teacher`) or was run before (`cache`). Both terms are logged whatever the weight.
+    The reported loss is this mixture; the next-token loss is what validation shows. Three ways to the same numbers: a live
+    trained teacher (neither model's logits ever exist as a whole), any other live teacher, and a cache of its top k.
     """
-
-    extras = ("kd_loss", "next_token_loss")
 
     def __init__(
         self, sources: int, device: torch.device, config: DistillConfig, *, teacher: Teacher | None = None, cache: TopKCache | None = None,
         reset_documents: bool = True,
     ) -> None:
         super().__init__(sources, device)
-        self.config, self.teacher, self.cache, self.reset_documents = config, teacher, cache, reset_documents
+        self.temperature, self.hard_weight = config.temperature, 1.0 - config.kd_weight
+        self.teacher, self.cache, self.reset_documents = teacher, cache, reset_documents
 
-    def output(self, chunk: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Logits of this rank's piece of the vocabulary [b, s, V/p]."""
-        return sharded_logits(chunk, batch)
-
-    def losses(self, output: Tensor, chunk: nn.Module, batch: dict[str, Tensor], arrays: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See Objective."""
-        shard, temperature, weight = unwrap(chunk).vocabulary, self.config.temperature, self.config.kd_weight
-        with torch.set_grad_enabled(weight < 1.0):
-            hard = shard.cross_entropy(output if weight < 1.0 else output.detach(), batch["labels"])
+    def output(self, chunk: nn.Module, batch: Tensors, arrays: Arrays) -> Tensor:
+        """Losses [b, s], or logits of this rank's piece of the vocabulary [b, s, V/p] for a teacher we do not know from inside."""
         if self.cache is not None:
             logprobs, indices = self.cache.read(int(arrays["first_sample"]), len(batch["tokens"]))
-            soft = distill_topk_kl(output, indices.to(self.device), logprobs.to(self.device), temperature, shard)
-        else:
-            assert self.teacher is not None
-            apart = documents_apart(self.reset_documents, batch["segment_ids"])
-            soft = distill_kl(output, self.teacher.logits(batch["tokens"], apart, batch["position_ids"], shard), temperature, shard)
-        return mix(hard, soft, 1.0 - weight), {"kd_loss": soft.detach(), "next_token_loss": hard.detach()}
+            return distill_topk_losses(chunk, indices.to(self.device), logprobs.to(self.device), batch, self.temperature, self.hard_weight)
+        if isinstance(self.teacher, TrainedTeacher):
+            return distill_losses(chunk, self.teacher.chunks, batch, self.temperature, self.hard_weight)
+        return sharded_logits(chunk, batch)
+
+    def losses(self, output: Tensor, chunk: nn.Module, batch: Tensors) -> Tensor:
+        """See Objective."""
+        if self.cache is not None or isinstance(self.teacher, TrainedTeacher):
+            return output
+        assert self.teacher is not None
+        shard = unwrap(chunk).vocabulary
+        apart = documents_apart(self.reset_documents, batch["segment_ids"])
+        soft = distill_kl(output, self.teacher.logits(batch["tokens"], apart, batch["position_ids"], shard), self.temperature, shard)
+        return mix(shard.cross_entropy(output, batch["labels"]), soft, self.hard_weight) if self.hard_weight else soft

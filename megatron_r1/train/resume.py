@@ -47,7 +47,7 @@ def newest_complete(folder: Path, ctx: ParallelContext, verify: Callable[[Path],
 
 
 class StopSignal:
-    """Set by SIGTERM; the loop looks at it after every step."""
+    """Set by SIGTERM. Ranks agree on it once per step, together with the loss, so at most one more step is finished."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -55,7 +55,7 @@ class StopSignal:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Signal handler."""
         self.requested = True
-        log.warning("SIGTERM: finishing this step, saving a checkpoint, then exiting with code %d", EXIT_TERMINATED)
+        log.warning("SIGTERM: finishing the step at hand, saving a checkpoint, then exiting with code %d", EXIT_TERMINATED)
 
 
 @contextmanager

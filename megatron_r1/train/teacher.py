@@ -51,22 +51,14 @@ class TrainedTeacher:
                 expected="pipeline: 1 with a teacher from a train step (it answers in one pass)", found=f"pipeline: {ctx.layout.pipeline}",
                 fix="use tensor or data parallelism, or export the teacher and name the folder in distill.teacher.hf_folder",
             )
-        self._chunks = load_model(checkpoints.final, ctx, precision="bf16" if precision == "bf16" else "fp32")
+        self.chunks = load_model(checkpoints.final, ctx, precision="bf16" if precision == "bf16" else "fp32")
         self.vocab_size = int(checkpoints.model["vocab_size"])
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, segment_ids: Tensor | None, position_ids: Tensor, shard: VocabShard) -> Tensor:
         """See Teacher."""
         batch = {"tokens": tokens} if segment_ids is None else {"tokens": tokens, "segment_ids": segment_ids}
-        piece = sharded_logits(self._chunks, batch).float()
-        if shard.whole:
-            return piece[..., : shard.end]
-        if piece.shape[-1] != shard.end - shard.start:
-            raise ParallelError(
-                expected="teacher and student with equal vocab_size under tensor parallelism (both are cut alike)",
-                found=f"pieces of {piece.shape[-1]} and {shard.end - shard.start} columns", fix="give both the same vocab_size, or set tensor: 1",
-            )
-        return piece
+        return sharded_logits(self.chunks, batch).float()
 
 
 class HuggingFaceTeacher:
@@ -177,9 +169,10 @@ def open_teacher(config: DistillConfig, artifact: Artifact | None, shards: Shard
                 fix="train the teacher on these shards",
             )
         teacher = TrainedTeacher(artifact, ctx, precision)
-    if teacher.vocab_size < vocab_size:
+    # A trained teacher is cut along the vocabulary like the student; of another one the columns beyond the student's are dropped.
+    if teacher.vocab_size < vocab_size or (isinstance(teacher, TrainedTeacher) and teacher.vocab_size != vocab_size):
         raise DataError(
-            expected=f"a teacher with at least the student's {vocab_size} vocabulary entries", found=f"{teacher.vocab_size}",
+            expected=f"a teacher with the student's {vocab_size} vocabulary entries", found=f"{teacher.vocab_size}",
             fix="set the student's vocab_size to the teacher's, or choose another teacher",
         )
     return teacher

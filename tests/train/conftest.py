@@ -1,5 +1,6 @@
 """Fixtures of the train tests."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -14,3 +15,29 @@ def shards(tmp_path_factory):
     from train_toys import make_shards
 
     return make_shards(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def straight(shards, tmp_path_factory):
+    """The run every interrupted one must equal."""
+    from train_toys import resumable, train
+
+    return train(tmp_path_factory.mktemp("straight"), resumable(), shards=shards)
+
+
+@pytest.fixture
+def messages():
+    """What the package logs during the test (its logger does not propagate)."""
+    from megatron_r1.utils.logging import get_logger
+
+    get_logger("train")
+    found: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record):
+            found.append(record.getMessage())
+
+    handler = Collect()
+    logging.getLogger("megatron_r1").addHandler(handler)
+    yield found
+    logging.getLogger("megatron_r1").removeHandler(handler)

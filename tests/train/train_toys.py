@@ -14,12 +14,12 @@ from megatron_r1.data.chat import render
 from megatron_r1.data.shards import SOURCES_FILE, ShardWriter, SourceRecord
 from megatron_r1.train.config import TrainConfig
 from megatron_r1.train.run import run
-from megatron_r1.utils.io import atomic_write_json
+from megatron_r1.utils.io import atomic_write_json, sha256_file
 
 WORDS = {
-    "alpha": "the cat sat on a mat and saw the dog run over green hills".split(),
-    "beta": "def return self for in range print import value index while not".split(),
-    "gamma": "one two three four plus minus equals seven nine twelve times ten".split(),
+    "alpha": ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "the", "dog", "run", "over", "green", "hills"],
+    "beta": ["def", "return", "self", "for", "in", "range", "print", "import", "value", "index", "while", "not"],
+    "gamma": ["one", "two", "three", "four", "plus", "minus", "equals", "seven", "nine", "twelve", "times", "ten"],
 }
 DOMAINS = {"alpha": "knowledge", "beta": "code", "gamma": "math", "chat": "chat"}
 
@@ -82,3 +82,23 @@ def train(folder: Path, config: TrainConfig, name: str = "train", **inputs: Arti
 def reopen(path: Path) -> Artifact:
     """An artifact by path."""
     return open_artifact(path)
+
+
+def resumable(**changes: Any) -> TrainConfig:
+    """Seven steps, a checkpoint after every second one, and everything that writes switched on."""
+    return settings(
+        budget="7 steps", checkpoints={"every": "2 steps", "keep": 2, "evenly": 1}, log={"every": "3 steps", "tensorboard": True},
+        validation={"tokens": "96 tokens", "every": "4 steps"}, rankme={"samples": "8 samples"}, **changes,
+    )
+
+
+def final_bytes(artifact: Artifact) -> dict[str, str]:
+    """Name -> SHA-256 of the tensor files of the last checkpoint: weights and both moments."""
+    folder = artifact.path / "checkpoints"
+    last = sorted(folder.iterdir())[-1]
+    return {path.name: sha256_file(path) for path in sorted((last / "weights").glob("*.distcp"))}
+
+
+def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Metrics records without clock readings."""
+    return [{key: value for key, value in record.items() if key not in ("seconds", "tokens_per_second")} for record in records]

@@ -28,6 +28,7 @@ class Checkpoints(Callback):
 
     def __init__(self, config: CheckpointsConfig, total: int, saved: Callable[[], None] = lambda: None) -> None:
         self.config, self.kept, self.saved = config, {total, *even_steps(total, config.evenly)}, saved
+        self.newest = 0
 
     def on_step(self, trainer: Trainer) -> None:
         """Save when due, and drop regular checkpoints beyond `keep`."""
@@ -36,10 +37,13 @@ class Checkpoints(Callback):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Write the checkpoint of the current step. Collective over all ranks."""
+        """Write the checkpoint of the current step, unless that has just been done. Collective over all ranks."""
+        if self.newest == trainer.step:
+            return
         if trainer.ctx.is_main:
             sync(trainer.folder)
         trainer.save(checkpoint_folder(trainer.folder, trainer.step))
+        self.newest = trainer.step
         if trainer.ctx.is_main:
             regular = [path for step, path in checkpoint_folders(trainer.folder) if step not in self.kept]
             # The step just saved counts as one of the newest even when it is an even one.

@@ -33,7 +33,6 @@ class Metrics(Callback):
             "tokens_per_second": window.steps * int(trainer.config.global_batch) / max(window.seconds, 1e-9), "seconds": trainer.seconds,
             "skipped": len(trainer.guard.skipped),
         }
-        record |= {name: total / targets for name, total in window.extras.items()}
         record["source_loss"] = {name: loss / count for name, (loss, count) in window.sources.items() if count}
         trainer.record = {**record, **measured}
         trainer.window = type(window)()

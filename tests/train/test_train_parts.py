@@ -1,0 +1,137 @@
+"""Guard, RankMe, held-out rows, top-k cache: each against an independent oracle."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_r1.train.guard import Guard
+from megatron_r1.train.heldout import Document, pack
+from megatron_r1.train.rankme import rankme
+from megatron_r1.train.topk_cache import TopKCache
+from megatron_r1.utils.errors import CheckpointError, DataError
+
+# ---------------------------------------------------------------- guard
+
+
+def test_guard_skips_resets_and_gives_up(messages):
+    guard = Guard(3)
+    inf, nan = float("inf"), float("nan")
+    assert guard.accept(1, 2.0, 1.0)
+    assert not guard.accept(2, nan, 1.0)
+    assert not guard.accept(3, 2.0, inf)
+    assert guard.accept(4, 2.0, 1.0)
+    assert guard.in_a_row == 0
+    again = Guard(3)
+    again.load(**guard.state())
+    assert not again.accept(5, inf, inf)
+    assert not again.accept(6, nan, nan)
+    with pytest.raises(DataError, match=r"3 in a row, the last at step 7.*(?s:.)*lower lr\.peak"):
+        again.accept(7, nan, 1.0)
+    assert again.skipped == [2, 3, 5, 6, 7]
+    assert any("step 3" in message and "skipped" in message for message in messages)
+
+
+# ---------------------------------------------------------------- RankMe
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (40, 30), (400, 30)])
+def test_rankme_against_the_formula_on_numpy_singular_values(shape):
+    states = np.random.default_rng(0).normal(size=shape) * np.logspace(0, -3, shape[1])
+    sigma = np.linalg.svd(states, compute_uv=False)
+    p = sigma / sigma.sum() + 1e-7
+    assert rankme(torch.from_numpy(states)) == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-8)
+
+
+def test_rankme_of_known_spectra():
+    assert rankme(torch.eye(16)) == pytest.approx(16, rel=1e-4)
+    assert rankme(torch.ones(50, 8)) == pytest.approx(1, abs=1e-3)
+
+
+# ---------------------------------------------------------------- held-out rows
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=30), st.integers(4, 20))
+def test_packing_keeps_every_target_once(lengths, seq_length):
+    rng = np.random.default_rng(len(lengths))
+    documents = [Document(f"c{i % 3}", rng.integers(1, 1000, n)) for i, n in enumerate(lengths)]
+    rows = pack(documents, seq_length)
+    assert rows.batch["loss_mask"].sum() == sum(min(n - 1, seq_length) for n in lengths)
+    for document, (row, start, inputs) in zip(documents, rows.places):
+        columns = slice(start, start + inputs)
+        assert rows.batch["tokens"][row, columns].tolist() == document.tokens[:inputs].tolist()
+        assert rows.batch["labels"][row, columns].tolist() == document.tokens[1 : inputs + 1].tolist()
+        assert len(set(rows.batch["segment_ids"][row, columns].tolist())) == 1
+        assert {rows.curves[i] for i in rows.curve_ids[row, columns]} == {document.curve}
+    for row in rows.batch["segment_ids"]:
+        numbers = [value for value in row.tolist() if value >= 0]
+        assert numbers == sorted(numbers)
+
+
+# ---------------------------------------------------------------- top-k cache
+
+
+def make_cache(folder, **changes):
+    values = {"samples": 10, "seq_length": 3, "top_k": 2, "chunk": 4, **changes}
+    return TopKCache(folder, {"teacher": "t"}, **values)
+
+
+def content(cache, chunk):
+    rows = cache.rows(chunk)
+    indices = torch.arange(rows.start * 6, rows.stop * 6, dtype=torch.int32).view(-1, 3, 2)
+    return -indices.float() / 64, indices
+
+
+def filled(folder):
+    cache = make_cache(folder)
+    cache.prepare()
+    for chunk in range(cache.chunks):
+        cache.write(chunk, *content(cache, chunk))
+    return cache
+
+
+def test_cache_reads_across_chunks_and_knows_its_size(tmp_path):
+    cache = filled(tmp_path / "cache")
+    assert [list(cache.rows(chunk)) for chunk in range(cache.chunks)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    logprobs, indices = cache.read(3, 6)
+    assert indices.tolist() == torch.arange(18, 54).view(6, 3, 2).tolist()
+    assert torch.equal(logprobs, -indices.float() / 64)
+    tensors = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
+    assert cache.nbytes == 10 * 3 * 2 * 6
+    assert 0 <= tensors - cache.nbytes < 3 * 300
+
+
+def test_cache_resumes_after_an_interruption_and_notices_damage(tmp_path, messages):
+    cache = filled(tmp_path / "cache")
+    (tmp_path / "cache" / "chunk-000002.json").unlink()  # killed between the chunk and its receipt
+    data = tmp_path / "cache" / "chunk-000001.safetensors"
+    flipped = bytearray(data.read_bytes())
+    flipped[-1] ^= 1
+    data.write_bytes(flipped)
+    again = make_cache(tmp_path / "cache")
+    again.prepare()
+    assert [again.complete(chunk) for chunk in range(3)] == [True, False, False]
+    assert any("chunk-000001" in message and "damaged" in message for message in messages)
+    for chunk in (1, 2):
+        again.write(chunk, *content(again, chunk))
+    assert torch.equal(again.read(0, 10)[1], cache.read(0, 10)[1])
+
+
+def test_cache_of_another_teacher_or_length_is_thrown_away(tmp_path, messages):
+    filled(tmp_path / "cache")
+    other = TopKCache(tmp_path / "cache", {"teacher": "another"}, samples=10, seq_length=3, top_k=2, chunk=4)
+    other.prepare()
+    assert not any(other.complete(chunk) for chunk in range(3))
+    assert any("teacher differ" in message for message in messages)
+
+
+def test_unreadable_cache_says_what_to_do(tmp_path):
+    cache = filled(tmp_path / "cache")
+    data = tmp_path / "cache" / "chunk-000000.safetensors"
+    data.write_bytes(data.read_bytes()[:20])
+    with pytest.raises(CheckpointError, match="run the same command again"):
+        cache.read(0, 1)
