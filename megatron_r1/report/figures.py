@@ -143,11 +143,18 @@ def rankme_curves(trained: Sequence[Trained], points: int) -> Figure | None:
             k = i % len(SERIES)
             x, y = [p[0] for p in curve], [p[1] for p in curve]
             axes.plot(x, y, color=SERIES[k], linestyle=DASHES[k], marker=MARKERS[k], markersize=4, label=t.step)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
+        _legend_on_top(axes)
         _token_axes(axes, "RankMe (effective dimensions)", "tokens the model has seen, earlier steps included")
 
     ends = ", ".join(f"{t.step} {curve[-1][1]:.1f}" for t, curve in curves)
-    return draw("rankme", f"RankMe at the end of each training step: {ends}.", (6.6, 2.9), paint)
+    return draw("rankme", f"RankMe at the end of each training step: {ends}.", (6.0, 3.2), paint)
+
+
+def _legend_on_top(axes: Axes) -> None:
+    """Above the plot, left: beside it a narrow screen would cut it off."""
+    _, labels = axes.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels), default=0) > 24 else 3
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2, ncols=columns, columnspacing=1.4, handletextpad=0.5)
 
 
 def _token_axes(axes: Axes, label: str, tokens: str = "tokens in this step") -> None:
@@ -179,10 +186,10 @@ def mixture_bars(mixture: MixtureView, distractors: Sequence[str]) -> Figure:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("share of training tokens (%)")
         axes.set_xlim(left=0)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
+        _legend_on_top(axes)
 
     top = ", ".join(f"{n} {100 * mixture.weights[n]:.1f} %" for n in reversed(names[-3:]))
-    return draw(f"mixture_{mixture.step}", f"Shares of {mixture.step}; largest: {top}.", (7.2, 1.0 + 0.34 * len(names)), paint)
+    return draw(f"mixture_{mixture.step}", f"Shares of {mixture.step}; largest: {top}.", (6.2, 1.2 + 0.34 * len(names)), paint)
 
 
 def influence_map(influence: Influence, order: Sequence[str], distractors: Sequence[str]) -> Figure:
@@ -230,10 +237,10 @@ def validity_scatter(influence: Influence) -> Figure | None:
             axes.scatter(*points, color=SERIES[k], marker=MARKERS[k], s=24, label=f"{name}: rank correlation {correlation[name]}")
         axes.set_xlabel("drop foretold by the scores" + unit)
         axes.set_ylabel("drop measured" + unit)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
+        _legend_on_top(axes)
 
     said = ", ".join(f"{name} {value}" for name, value in correlation.items())
-    return draw(f"validity_{influence.step}", f"Measured against foretold drop of the probe loss; rank correlation {said}.", (6.6, 3.2), paint)
+    return draw(f"validity_{influence.step}", f"Measured against foretold drop of the probe loss; rank correlation {said}.", (5.6, 3.9), paint)
 
 
 def largest(influence: Influence) -> float:
@@ -292,11 +299,11 @@ def evaluation_dots(evaluated: Sequence[Evaluated], share: bool) -> Figure | Non
         axes.set_xlabel("right answers (%); a grey bar marks chance" if share else "bits per byte of held-out text (lower is better)")
         if share:
             axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
+        _legend_on_top(axes)
 
     kind = "shares of right answers" if share else "bits per byte"
     name = "evaluation_answers" if share else "evaluation_text"
-    return draw(name, f"Evaluation, {kind}, per task and model; the table below has every number.", (7.2, 1.1 + 0.14 * len(keys) * (len(picked) + 1.2)), paint)
+    return draw(name, f"Evaluation, {kind}, per task and model; the table below has every number.", (6.2, 1.3 + 0.14 * len(keys) * (len(picked) + 1.2)), paint)
 
 
 def _chance_marks(axes: Axes, keys: list, picked: list[tuple[Evaluated, Mapping]], factor: float) -> None:
