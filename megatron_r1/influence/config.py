@@ -24,8 +24,9 @@ class ValidityConfig(Frozen):
     batches: int = Field(default=12, ge=0, description="random document batches to take one real step on; 0 leaves the receipt out")
     documents: int = Field(default=8, ge=1, description="scored documents per batch")
     step: float = Field(
-        default=1e-3, gt=0, lt=0.1,
-        description="length of the real step relative to the norm of the weights: long enough to rise above fp32 noise, short enough not to overshoot",
+        default=1e-4, gt=0, lt=0.1,
+        description="length of the real step relative to the norm of the weights: above fp32 noise, yet short enough for a first-order forecast. "
+        "On a nano model the rank correlation was 0.99 at 1e-4, 0.92 at 1e-3 and 0.65 at 1e-2, where curvature decides",
     )
 
 

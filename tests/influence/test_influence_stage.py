@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -215,8 +216,10 @@ def test_a_probe_of_other_shards_is_refused(world: World, tmp_path: Path) -> Non
 def test_a_changed_probe_document_is_refused(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "probe"
     shutil.copytree(world["probe"].path, folder)
-    text = (folder / "probe.json").read_text().replace('"start": 0', '"start": 1', 1)
-    (folder / "probe.json").write_text(text)
+    content = json.loads((folder / "probe.json").read_text())
+    moved = next(d for d in content["capabilities"]["left"]["documents"] if d["start"] > 0)
+    moved["start"] -= 1
+    (folder / "probe.json").write_text(json.dumps(content))
     with pytest.raises(ArtifactError, match=r"probe documents with the hash"):
         score(influence_config(), {**world, "probe": Artifact(folder, world["probe"].manifest)}, tmp_path)
 
