@@ -6,13 +6,15 @@ few million parameters on two CPU cores (all tasks together: about 20 seconds).
 
 from __future__ import annotations
 
+import difflib
 from typing import Literal
 
 from pydantic import Field, field_validator
 
 from megatron_r1.config.base import Frozen, StageConfig, StepName
+from megatron_r1.data.tasks import TASKS
 
-DEFAULT_GENERATED = ("chain_sum", "simple_equations", "gcd", "spell_backward", "letter_counting", "gsm_symbolic")
+DEFAULT_GENERATED = ("chain_sum", "basic_arithmetic", "simple_equations", "gcd", "count_bits", "spell_backward", "gsm_symbolic")
 
 
 class EvaluateInputs(Frozen):
@@ -41,17 +43,22 @@ class GeneratedSettings(Frozen):
 
     @field_validator("names")
     @classmethod
-    def _distinct(cls, names: list[str]) -> list[str]:
+    def _known(cls, names: list[str]) -> list[str]:
         if len(set(names)) != len(names) or not names:
             raise ValueError(f"expected distinct task names, at least one; found {names}; remove the repetition or set `generated: null`")
+        for name in names:
+            if name not in TASKS:
+                near = difflib.get_close_matches(name, TASKS, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "use one of these"
+                raise ValueError(f"expected names among {', '.join(TASKS)}; found {name!r}; {hint}")
         return names
 
 
 class CountryMcqSettings(Frozen):
     """Four-way multiple choice about countries by likelihood; held-out countries are the control."""
 
-    questions: int = Field(160, gt=0, description="questions about countries of the training split")
-    control_questions: int = Field(160, gt=0, description="questions about held-out countries, which must stay at chance")
+    questions: int = Field(120, ge=4, description="questions about countries of the training split, in blocks of four")
+    control_questions: int = Field(120, ge=4, description="questions about held-out countries, which must stay at chance; fewer when these countries have fewer facts")
 
 
 class HumanEvalRankingSettings(Frozen):

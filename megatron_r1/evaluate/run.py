@@ -12,11 +12,17 @@ from typing import Any
 
 from megatron_r1.artifacts.base import Artifact, Workspace
 from megatron_r1.artifacts.checkpoint import CheckpointSet
+from megatron_r1.data.shards import ShardSet
+from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.evaluate.compare import compare
 from megatron_r1.evaluate.config import EvaluateConfig, enabled
 from megatron_r1.evaluate.results import Measurement
+from megatron_r1.evaluate.subject import CheckpointSubject
 from megatron_r1.evaluate.task import Bench, TaskDropped
 from megatron_r1.evaluate.tasks import build
+from megatron_r1.model.load import load_model
+from megatron_r1.parallel.config import LayoutConfig
+from megatron_r1.parallel.context import ParallelContext, initialize
 from megatron_r1.utils import io
 from megatron_r1.utils.errors import ArtifactError
 from megatron_r1.utils.logging import get_logger
@@ -26,8 +32,12 @@ log = get_logger("evaluate")
 EVALUATION_FILE = "evaluation.json"
 
 
-def run(config: EvaluateConfig, inputs: Mapping[str, Any], work: Workspace) -> Artifact:
-    """Evaluate the final checkpoint of `inputs["checkpoint"]`."""
+def run(config: EvaluateConfig, inputs: Mapping[str, Any], work: Workspace) -> Artifact | None:
+    """Evaluate the final checkpoint of `inputs["checkpoint"]`.
+
+    One process works. Under torchrun every rank must call this, because loading a checkpoint is collective; ranks other
+    than 0 return None after that.
+    """
     checkpoint: Artifact = inputs["checkpoint"]
     baseline: Artifact | None = inputs.get("baseline")
     if baseline is not None and baseline.kind != "evaluation":
@@ -35,13 +45,16 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Any], work: Workspace) -> A
             expected="an evaluation artifact as baseline", found=f"{baseline.path.name} is of kind {baseline.kind}", fix="name an evaluate step as baseline"
         )
     model = CheckpointSet.open(checkpoint)
-    bench: Bench | None = None
+    ctx = initialize(LayoutConfig(), config.seed or 0)
+    pending = ctx.broadcast_object([name for name in enabled(config) if not _stored(work, name).exists()])
+    bench = _bench(config, model, inputs.get("shards"), ctx) if pending else None
+    if not ctx.is_main:
+        return None
     for name in enabled(config):
-        if _stored(work, name).exists():
+        if name in pending:
+            _measure(config, bench, work, name)
+        else:
             log.info("%s: stored by an earlier attempt, kept", name)
-            continue
-        bench = bench or _bench(config, model, inputs.get("shards"))
-        _measure(config, bench, work, name)
     measured, dropped = _collect(config, work)
     if not measured:
         raise ArtifactError(
@@ -64,15 +77,8 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Any], work: Workspace) -> A
     return work.complete({"results": len(measured), "dropped": [d["task"] for d in dropped], "headline": _headline(measured)})
 
 
-def _bench(config: EvaluateConfig, checkpoint: CheckpointSet, shards: Artifact | None) -> Bench:
-    """Load the model: only when a task has to run. Heavy imports stay here, so that a finished evaluation opens fast."""
-    from megatron_r1.data.shards import ShardSet
-    from megatron_r1.data.tokenizer import Tokenizer
-    from megatron_r1.evaluate.subject import CheckpointSubject
-    from megatron_r1.model.load import load_model
-    from megatron_r1.parallel.config import LayoutConfig
-    from megatron_r1.parallel.context import initialize
-
+def _bench(config: EvaluateConfig, checkpoint: CheckpointSet, shards: Artifact | None, ctx: ParallelContext) -> Bench:
+    """The model, its tokenizer and the held-out documents. Collective: every rank loads."""
     tokenizer = Tokenizer.load(checkpoint.tokenizer_folder)
     opened = None if shards is None else ShardSet.open(shards)
     if opened is not None and opened.tokenizer.sha256 != tokenizer.sha256:
@@ -80,7 +86,6 @@ def _bench(config: EvaluateConfig, checkpoint: CheckpointSet, shards: Artifact |
             expected="shards written with the model's tokenizer", found=f"tokenizer {opened.tokenizer.sha256[:12]}... there, {tokenizer.sha256[:12]}... here",
             fix="use the corpus step the model was trained on",
         )
-    ctx = initialize(LayoutConfig(), config.seed or 0)
     subject = CheckpointSubject(load_model(checkpoint.final, ctx), batch_size=config.batch_size, tokens_per_batch=config.tokens_per_batch)
     return Bench(
         subject=subject, tokenizer=tokenizer, shards=opened, seed=config.seed or 0, bootstrap=config.bootstrap,

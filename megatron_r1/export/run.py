@@ -32,15 +32,22 @@ log = get_logger("export")
 FOLDER, PARITY = "hf", "parity.json"
 
 
-def run(config: ExportConfig, inputs: Mapping[str, Any], work: Workspace) -> Artifact:
-    """Export the final checkpoint of `inputs["checkpoint"]`. Raises CheckpointError when the proof fails."""
+def run(config: ExportConfig, inputs: Mapping[str, Any], work: Workspace) -> Artifact | None:
+    """Export the final checkpoint of `inputs["checkpoint"]`. Raises CheckpointError when the proof fails.
+
+    One process works. Under torchrun every rank must call this, because loading a checkpoint is collective; ranks other
+    than 0 return None after that.
+    """
     checkpoint = CheckpointSet.open(inputs["checkpoint"])
     evaluation: Artifact | None = inputs.get("evaluation")
     if evaluation is not None:
         _same_model(checkpoint, evaluation)
     model_config = ModelConfig.model_validate(checkpoint.model)
     tokenizer = Tokenizer.load(checkpoint.tokenizer_folder)
-    model = load_model(checkpoint.final, initialize(LayoutConfig(), config.seed or 0))
+    ctx = initialize(LayoutConfig(), config.seed or 0)
+    model = load_model(checkpoint.final, ctx)
+    if not ctx.is_main:
+        return None
     folder = work.path / FOLDER
     shutil.rmtree(folder, ignore_errors=True)  # an interrupted attempt; writing takes seconds
     write_hf_folder(folder, whole(model).state_dict(), model_config, tokenizer, config.dtype)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_r1.export.sentencepiece_json import convert
 from megatron_r1.model.config import ModelConfig
 from megatron_r1.model.hf_map import hf_config, to_hf
 from megatron_r1.utils import io
@@ -52,12 +53,14 @@ def write_tokenizer(folder: Path, tokenizer: Any, config: ModelConfig) -> None:
     """Copy the tokenizer's own files and describe it so that AutoTokenizer needs no guess."""
     for source in tokenizer.hf_files:
         shutil.copyfile(source, folder / source.name)
+    if tokenizer.info.backend == "sentencepiece":
+        convert(tokenizer.folder / tokenizer.info.file).save(str(folder / "tokenizer.json"))
     path = folder / TOKENIZER_CONFIG
     described = io.read_json(path) if path.exists() else {}
     for name, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id), ("pad_token", tokenizer.pad_id)):
         if token is not None:
             described[name] = tokenizer.special_name(token)
-    described |= {"model_max_length": config.max_positions}
+    described |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_positions}
     if tokenizer.chat_template is not None:
         described["chat_template"] = tokenizer.chat_template
     io.atomic_write_json(path, described)
