@@ -38,7 +38,7 @@ class SourcePlan:
     share: float
     tokens: int | None = None
     pool: int | None = None
-    """Tokens the source holds, when the recipe states it (`expected_tokens`)."""
+    """Tokens the source has for training, when the recipe states its size (`expected_tokens`)."""
 
     @property
     def epochs(self) -> float | None:
@@ -96,13 +96,10 @@ def model_of(recipe: Recipe, step: str) -> ModelConfig:
 
 
 def pools(recipe: Recipe, step: str) -> dict[str, int | None]:
-    """Source -> tokens it is expected to hold (None: not stated) of a corpus step."""
+    """Source -> tokens it is expected to have for training (None: not stated) of a corpus step, held-out shares taken off."""
     config: Any = recipe.steps[step]
-    return {name: None if source.expected_tokens is None else int(source.expected_tokens) for name, source in _sources(config).items()}
-
-
-def _sources(corpus: Any) -> Mapping[str, Any]:
-    return corpus.sources
+    kept = 1 - config.splits.probe - config.splits.test
+    return {name: None if source.expected_tokens is None else round(source.expected_tokens * kept) for name, source in config.sources.items()}
 
 
 def shares(recipe: Recipe, step: str) -> tuple[dict[str, float], str]:
@@ -144,11 +141,12 @@ def _planned(recipe: Recipe, corpus: str, split: Mapping[str, float], tokens: in
 
 
 def _corpus(recipe: Recipe, step: str) -> dict[str, Any]:
-    known = pools(recipe, step)
-    total = sum(tokens or 0 for tokens in known.values())
+    config: Any = recipe.steps[step]
+    known = {name: source.expected_tokens for name, source in config.sources.items()}
+    total = sum(int(tokens or 0) for tokens in known.values())
     unknown = [name for name, tokens in known.items() if tokens is None]
     vocabulary = next((model_of(recipe, name).vocab_size for name in _trained_on(recipe, step)), None)
-    found: dict[str, Any] = {"sources": {name: SourcePlan(tokens / total, None, tokens) for name, tokens in known.items() if tokens}}
+    found: dict[str, Any] = {"sources": {name: SourcePlan(tokens / total, None, int(tokens)) for name, tokens in known.items() if tokens}}
     if total:
         found["tokens"] = total
         if vocabulary is not None:
@@ -217,8 +215,9 @@ def _train(recipe: Recipe, step: str) -> dict[str, Any]:
 
 
 def _expected_rows(recipe: Recipe, corpus: str) -> int | None:
-    rows = [source.expected_documents for source in _sources(recipe.steps[corpus]).values()]
-    return sum(int(count) for count in rows) if rows and all(rows) else None
+    config: Any = recipe.steps[corpus]
+    rows = [source.expected_documents for source in config.sources.values()]
+    return round(sum(rows) * (1 - config.splits.probe - config.splits.test)) if all(rows) else None
 
 
 def _teacher(recipe: Recipe, config: Any) -> ModelConfig | None:

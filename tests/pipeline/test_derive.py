@@ -1,0 +1,251 @@
+"""Derived values of a recipe: against numbers worked out by hand, and FLOPs against torch's own counter."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megatron_r1.pipeline.derive import StepPlan, derive, print_plans, size
+from megatron_r1.pipeline.recipe import load_recipe
+
+RECIPE = """
+name: by_hand
+steps:
+  corpus:
+    stage: corpus
+    tokenizer: {kind: train_bpe, vocab_size: 512}
+    splits: {probe: 0.1, test: 0.1}
+    sources:
+      a: {kind: jsonl, path: a, domain: web, expected_tokens: 1.25M tokens}
+      b: {kind: jsonl, path: b, domain: code, expected_tokens: 3.75M tokens}
+  chats:
+    stage: corpus
+    inputs: {tokenizer: corpus}
+    splits: {probe: 0.0, test: 0.2}
+    sources:
+      talk: {kind: jsonl, path: talk, domain: chat, format: chat, expected_documents: 1250 samples}
+  probe:
+    stage: probe
+    inputs: {shards: corpus}
+    capabilities: {code: {sources: {b: 1}}, web: {sources: {a: 1}}}
+    documents: 10
+    tokens_per_document: 32
+  mix:
+    stage: mixture
+    inputs: {shards: corpus}
+    method: explicit
+    weights: {a: 3, b: 1}
+    budget: 51200 tokens
+  base:
+    stage: train
+    inputs: {shards: corpus, mixture: mix}
+    model: nano
+    budget: 100 steps
+    seq_length: 64 tokens
+    global_batch: 512 tokens
+    lr: {peak: 1e-3}
+    checkpoints: {evenly: 4, every: 10 steps, keep: 2}
+  influence:
+    stage: influence
+    inputs: {shards: corpus, probe: probe, checkpoint: base}
+    documents: 20
+    tokens_per_document: 32
+    checkpoints: 2
+    fd_check_documents: 5
+    validity: {batches: 3, documents: 4}
+  mix2:
+    stage: mixture
+    inputs: {shards: corpus, influence: influence}
+    method: influence
+  longer:
+    stage: train
+    inputs: {shards: corpus, mixture: mix2, checkpoint: base, teacher: big}
+    objective: distill
+    model_changes: {max_positions: 4096, rope_theta: 8e6}
+    budget: 10k tokens
+    seq_length: 64 tokens
+    global_batch: 512 tokens
+    lr: {peak: 1e-3}
+    distill: {cache_top_k: 16}
+  big:
+    stage: train
+    inputs: {shards: corpus}
+    model: {preset: small, vocab_size: 512}
+    sources: uniform
+    budget: 0.5 epochs
+    seq_length: 64 tokens
+    global_batch: 512 tokens
+    lr: {peak: 1e-3}
+  tuned:
+    stage: train
+    inputs: {shards: chats, checkpoint: longer}
+    objective: sft
+    budget: 3 epochs
+    seq_length: 64 tokens
+    global_batch: 512 tokens
+    lr: {peak: 1e-4}
+  export:
+    stage: export
+    inputs: {checkpoint: tuned}
+    dtype: bfloat16
+"""
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StepPlan]:
+    path = tmp_path_factory.mktemp("recipe") / "by_hand.yaml"
+    path.write_text(RECIPE, "utf-8")
+    return {plan.step: plan for plan in derive(load_recipe(path))}
+
+
+# nano: embedding 512 x 128; 2 layers of q, o 128 x 128, k, v 128 x 64, SwiGLU 3 x 128 x 256, 2 gains; 1 gain
+NANO = 512 * 128 + 2 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256 + 2 * 128) + 128
+
+
+def forward(tokens: int, layers: int, dim: int, heads: int, kv_heads: int, ffn: int, vocabulary: int) -> int:
+    """FLOPs of one forward over one causal sequence, multiplication by multiplication."""
+    total = 0
+    for position in range(1, tokens + 1):
+        for _ in range(layers):
+            total += 2 * dim * (heads * 64) + 2 * (2 * dim * (kv_heads * 64)) + 2 * (heads * 64) * dim + 3 * (2 * dim * ffn)
+            total += heads * (2 * 64 * position) * 2  # scores, then the weighted sum of values, over `position` keys
+        total += 2 * dim * vocabulary
+    return total
+
+
+def nano_forward(tokens: int) -> int:
+    return forward(tokens, layers=2, dim=128, heads=2, kv_heads=1, ffn=256, vocabulary=512)
+
+
+def test_training(plans: dict[str, StepPlan]) -> None:
+    plan = plans["base"]
+    assert (plan.parameters, plan.non_embedding_parameters) == (NANO, NANO - 512 * 128)
+    assert (plan.steps, plan.sequences_per_step, plan.tokens_per_step, plan.tokens) == (100, 8, 512, 51_200)
+    assert plan.flops == 100 * 8 * 3 * nano_forward(64)
+    # fp32 weights and two moments; 4 even ones (the last among them) and the 2 newest for resuming
+    assert plan.sizes == {"checkpoints": 6 * 12 * NANO}
+
+
+def test_tokens_and_epochs_per_source(plans: dict[str, StepPlan]) -> None:
+    for step in ("base", "mix"):
+        a, b = plans[step].sources["a"], plans[step].sources["b"]
+        assert (a.share, a.tokens, a.pool, a.epochs) == (0.75, 38_400, 1_000_000, 0.0384)
+        assert (b.share, b.tokens, b.pool) == (0.25, 12_800, 3_000_000)
+        assert b.epochs == pytest.approx(12_800 / 3e6)
+
+
+def test_influence_shares_are_left_to_the_run(plans: dict[str, StepPlan]) -> None:
+    for step in ("mix2", "longer"):
+        assert plans[step].sources == {}
+        assert any("influence influence will measure" in note for note in plans[step].notes)
+
+
+def test_distillation_counts_the_teacher(plans: dict[str, StepPlan]) -> None:
+    plan = plans["longer"]
+    assert (plan.parameters, plan.steps, plan.tokens) == (NANO, 20, 10_240)  # 10,000 tokens take 20 steps of 512
+    teacher = forward(64, layers=6, dim=256, heads=4, kv_heads=2, ffn=768, vocabulary=512)
+    assert plan.flops == 20 * 8 * (3 * nano_forward(64) + teacher)
+    assert plan.sizes["teacher cache (temporary)"] == 10_240 * 16 * 6
+
+
+def test_epochs_budget(plans: dict[str, StepPlan]) -> None:
+    plan = plans["big"]
+    # 4M tokens are 62,500 sequences; half of them in steps of 8 are 3,906.25, so 3,907 steps.
+    assert plan.steps == 3907
+    assert plan.sources["a"].share == 0.5
+    assert plan.sources["a"].epochs == pytest.approx(3907 * 512 / 2 / 1e6, rel=1e-6)
+
+
+def test_fine_tuning_states_what_is_known(plans: dict[str, StepPlan]) -> None:
+    plan = plans["tuned"]
+    assert (plan.steps, plan.tokens, plan.flops) == (None, None, None)
+    # 3 x 1,000 conversations, one per sequence, 8 per step
+    assert any("3 epochs" in note and "at most 375 " in note for note in plan.notes)
+
+
+def test_influence_cost(plans: dict[str, StepPlan]) -> None:
+    plan = plans["influence"]
+    gradients = 3 * 2 * 10  # 2 capabilities of 10 windows, forward and backward
+    scoring = 2 * 2 * (2 * 20)  # two forwards per capability over 20 documents of 2 sources
+    curvature = 4 * 2 * 5
+    receipt = 3 * (3 * 4 + 2 * 10) + 2 * 10
+    assert plan.flops == 2 * (gradients + scoring + curvature + receipt) * nano_forward(32)
+    assert plan.tokens == 2 * 20 * 32
+
+
+def test_bytes_of_shards_and_export(plans: dict[str, StepPlan]) -> None:
+    assert plans["corpus"].sizes == {"shards": 5_000_000 * 2}  # held-out text included; a vocabulary of 512 fits 2 bytes
+    assert plans["export"].sizes == {"weights": NANO * 2}
+    assert any("talk" in note for note in plans["chats"].notes)
+
+
+def test_every_step_says_what_it_would_do(plans: dict[str, StepPlan]) -> None:
+    assert all(plan.does for plan in plans.values())
+
+
+def test_table(plans: dict[str, StepPlan]) -> None:
+    text = io.StringIO()
+    print_plans(plans.values(), Console(file=text, width=160))
+    printed = text.getvalue()
+    for words in (f"{NANO:,}", "51.2k", "38.4k", "75.00 %", "0.04", "base: train next_token"):
+        assert words in printed
+    # The mixture and the phase that trains on it have the same rows: printed once.
+    assert printed.count("38.4k") == 1
+
+
+def test_size() -> None:
+    assert [size(n) for n in (0, 1023, 1024, 1536, 1_048_576, 5 * 2**40)] == ["0 B", "1023 B", "1 KiB", "1.5 KiB", "1 MiB", "5 TiB"]
+
+
+def test_flops_agree_with_torch_on_a_real_model(plans: dict[str, StepPlan]) -> None:
+    """One step of the exported architecture, counted by torch: attention there is the full square, here the causal half."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = transformers.Llama4TextConfig(
+        vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=256,
+        intermediate_size_mlp=256, moe_layers=[], num_local_experts=0, num_experts_per_tok=0, no_rope_layers=[1, 1],
+        layer_types=["full_attention"] * 2, use_qk_norm=True, attn_temperature_tuning=False, tie_word_embeddings=True, pad_token_id=0,
+    )
+    model = transformers.Llama4ForCausalLM._from_config(config, attn_implementation="eager")
+    assert sum(parameter.numel() for parameter in model.parameters()) == NANO
+    tokens = torch.randint(0, 512, (8, 64))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    upper_triangle = 3 * 8 * 2 * 2 * (2 * 64 * 2) * (64 * 63 // 2)  # x3 training, 8 rows, 2 layers, 2 heads, 2 products
+    per_step = plans["base"].flops / plans["base"].steps
+    # The counter also sees the tiny product that makes RoPE's angles.
+    assert counter.get_total_flops() == pytest.approx(per_step + upper_triangle, rel=1e-4)
+
+
+def test_a_teacher_on_disk_is_counted(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    (tmp_path / "teacher").mkdir()
+    steps = RECIPE.replace("teacher: big}", "teacher: null}").replace(
+        "distill: {cache_top_k: 16}", "distill: {teacher: {hf_folder: " + str(tmp_path / "teacher") + "}}"
+    )
+    recipe.write_text(steps, "utf-8")
+    unknown = {plan.step: plan for plan in derive(load_recipe(recipe))}["longer"]
+    assert unknown.flops == 20 * 8 * 3 * nano_forward(64)
+    assert any("without the teacher" in note for note in unknown.notes)
+    (tmp_path / "teacher" / "config.json").write_text(
+        '{"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 768}',
+        "utf-8",
+    )
+    known = {plan.step: plan for plan in derive(load_recipe(recipe))}["longer"]
+    assert known.flops - unknown.flops == 20 * 8 * forward(64, layers=6, dim=256, heads=4, kv_heads=2, ffn=768, vocabulary=512)
+    assert not any("teacher" in note for note in known.notes)
+
+
+def test_no_torch() -> None:
+    code = (
+        "import sys; from megatron_r1.pipeline.recipe import load_recipe; from megatron_r1.pipeline.derive import derive; "
+        "derive(load_recipe('mobilellm_r1_140m')); sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
