@@ -39,23 +39,23 @@ def blocks(data, samples):
 
 def test_a_new_phase_on_a_new_mixture_loses_and_repeats_nothing(tmp_path, shards, first):
     mixture = make_mixture(tmp_path, WEIGHTS)
-    config = settings(**SECOND, budget="20 steps", validation={"tokens": "200 tokens"})
+    config = settings(**SECOND, budget="30 steps", validation={"tokens": "200 tokens"})
     second = train(tmp_path, config, shards=shards, mixture=mixture, checkpoint=first)
     one, two = CheckpointSet.open(first).manifest, CheckpointSet.open(second).manifest
     assert sum(one.data_cursors.values()) == 6 * 4
-    assert sum(two.data_cursors.values()) == 26 * 4
+    assert sum(two.data_cursors.values()) == 36 * 4
     assert two.data_seed == one.data_seed
     assert two.tokens_before == one.tokens == 768
     opened = ShardSet.open(shards)
-    visits = blocks(open_data(settings(), opened, shards, None, None), 24) + blocks(open_data(config, opened, shards, mixture, one), 80)
-    assert len(set(visits)) == 104
-    for source, used in two.data_cursors.items():
-        size = max(block for name, block, _ in visits if name == source) + 1
-        assert sorted((epoch, block) for name, block, epoch in visits if name == source)[: used // size * size] == [
-            (epoch, block) for epoch in range(used // size) for block in range(size)
-        ]
-    share = {name: (two.data_cursors[name] - one.data_cursors[name]) / 80 for name in WEIGHTS}
-    assert share == pytest.approx(WEIGHTS, abs=1 / 80)
+    data = open_data(config, opened, shards, mixture, one)
+    visits = blocks(open_data(settings(), opened, shards, None, None), 24) + blocks(data, 120)
+    assert len(set(visits)) == 144
+    # gamma goes into its second pass: every block of the first was visited, in whichever phase.
+    size = data.order.blocks["gamma"]
+    assert two.data_cursors["gamma"] > size
+    assert {block for name, block, epoch in visits if (name, epoch) == ("gamma", 0)} == set(range(size))
+    share = {name: (two.data_cursors[name] - one.data_cursors[name]) / 120 for name in WEIGHTS}
+    assert share == pytest.approx(WEIGHTS, abs=1 / 120)
     # The first record of phase 2 is the model phase 1 ended with, on the same tokens.
     assert CheckpointSet.open(second).metrics()[0]["validation"] == CheckpointSet.open(first).metrics()[-1]["validation"]
 
