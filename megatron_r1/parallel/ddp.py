@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from megatron_r1.parallel.config import LayoutConfig
@@ -16,6 +17,7 @@ from megatron_r1.parallel.mcore import (
 )
 
 
+@torch.enable_grad()  # its hooks hang on the graph, also when the caller has turned gradients off
 def wrap(chunks: Sequence[nn.Module], layout: LayoutConfig, ctx: ParallelContext) -> list[nn.Module]:
     """Chunks of `build_model` -> chunks that can be trained.
 

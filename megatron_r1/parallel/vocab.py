@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1.parallel.mcore import gather_from_tensor_model_parallel_region, parallel_state
+from megatron_r1.parallel.mcore import (
+    gather_from_tensor_model_parallel_region,
+    parallel_state,
+    reduce_from_tensor_model_parallel_region,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,22 @@ class VocabShard:
     def gather(self, logits: Tensor) -> Tensor:
         """[..., V / parts] of every piece -> [..., V] on every rank; differentiable."""
         return logits if self.whole else gather_from_tensor_model_parallel_region(logits)
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """-log softmax(logits)[label], fp32, differentiable: logits [..., V / parts], labels [...] (whole ids) -> [...].
+
+        For logits that are there anyway; `model.loss.cross_entropy` and the chunked head do the same with less memory.
+        """
+        z = logits.float()
+        z = z - self.max(z.detach().amax(dim=-1, keepdim=True))
+        here = (labels >= self.start) & (labels < self.end)
+        column = (labels - self.start).where(here, torch.zeros_like(labels))
+        picked = z.gather(-1, column.unsqueeze(-1)).squeeze(-1).where(here, torch.zeros((), device=z.device))
+        total = z.exp().sum(dim=-1)
+        if not self.whole:
+            # Summed over the pieces; the gradient of each piece is its own, so it passes unchanged.
+            picked, total = reduce_from_tensor_model_parallel_region(picked), reduce_from_tensor_model_parallel_region(total)
+        return total.log() - picked
 
     def _reduce(self, x: Tensor, op: dist.ReduceOp) -> Tensor:
         if not self.whole:
