@@ -73,3 +73,16 @@ def test_shuffled_source_by_name_or_by_setting(whole: FixtureRun) -> None:
     run = collect(whole.artifacts.values())
     assert shuffled_sources(run) == ("x_shuffled",)
     assert shuffled_sources(run, "x_minjs") == ("x_minjs",)
+
+
+def test_unequal_tokens_are_no_evidence(tmp_path: Path) -> None:
+    run = whole_run(tmp_path)
+    run.train("pretrain2_uniform", "mix_uniform", "pretrain1", start=5.6, end=5.0, tokens=245_760)
+    assert equal_budget_pairs(collect(run.artifacts.values()))[0].differences == ()
+    assert verdicts(run)["beats_uniform"].status == "absent"
+
+
+def test_weight_above_zero_in_every_mixture_is_a_plain_no(tmp_path: Path) -> None:
+    run = whole_run(tmp_path, noise=0.001)
+    del run.artifacts["mix2"]
+    assert verdicts(run)["shuffled_weight"].status == "not ok"
