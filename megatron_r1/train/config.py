@@ -80,7 +80,7 @@ class CheckpointsConfig(Frozen):
 class ValidationConfig(Frozen):
     """Loss on held-out text per capability and per domain, on the same tokens every time."""
 
-    every: Every | None = Field(None, description="how often; none: only before the first and after the last step")
+    every: Every | None = Field(None, description="how often the probe curves are measured besides the first and last step (the test curves only there)")
     tokens: Tokens = Field(Tokens(16384), description="at most this many tokens per curve (capability or domain, and split); '0 tokens' turns it off")
 
 

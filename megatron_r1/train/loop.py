@@ -67,8 +67,9 @@ class Trainer:
 
     def __init__(
         self, config: TrainConfig, ctx: ParallelContext, folder: Path, chunks: Sequence[nn.Module], optimizer: Any, objective: Objective,
-        data: TrainingData, total: int, callbacks: Sequence[Callback],
+        data: TrainingData, total: int, callbacks: Sequence[Callback], name: str = "train",
     ) -> None:
+        self.name = name
         self.config, self.ctx, self.folder, self.total = config, ctx, folder, total
         self.chunks, self.optimizer, self.objective, self.data = chunks, optimizer, objective, data
         self.callbacks = list(callbacks)
@@ -114,8 +115,7 @@ class Trainer:
 
     def train(self) -> None:
         """Run to the last step. SystemExit(EXIT_TERMINATED) after SIGTERM, with a checkpoint of the last finished step."""
-        label = f"train {self.config.objective}"
-        with stop_on_sigterm() as stop, progress(label, (self.total - self.step) * int(self.config.global_batch), enabled=self.ctx.is_main) as bar:
+        with stop_on_sigterm() as stop, progress(self.name, (self.total - self.step) * int(self.config.global_batch), enabled=self.ctx.is_main) as bar:
             self.bar = bar
             try:
                 for callback in self.callbacks:

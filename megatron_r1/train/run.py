@@ -75,7 +75,7 @@ def run(config: TrainConfig, inputs: Inputs, work: Workspace) -> Artifact:
         io.atomic_write_json(work.path / MODEL_FILE, model.plain())
     objective = make_objective(config, model, one.get("teacher"), shards, data, total, work, ctx)
     callbacks = make_callbacks(config, model, shards, one.get("probe"), total, work)
-    trainer = Trainer(config, ctx, work.path, chunks, optimizer, objective, data, total, callbacks)
+    trainer = Trainer(config, ctx, work.path, chunks, optimizer, objective, data, total, callbacks, work.name)
     describe_start(trainer, model, parent)
     path = newest_complete(work.path, ctx, checkpoint.verify)
     if path is not None:
@@ -206,6 +206,12 @@ def describe_start(trainer: Trainer, model: ModelConfig, parent: CheckpointSet |
         "%s: %d steps x %s tokens = %s tokens (asked: %s), sequences of %d; lr %g %s, %d warm-up steps", config.objective, total, human(config.global_batch),
         human(total * int(config.global_batch)), config.budget, int(config.seq_length), config.lr.peak, config.lr.schedule, trainer.warmup,
     )
+    for callback in trainer.callbacks:
+        if isinstance(callback, Validation | RankMe):
+            interval = config.in_steps(callback.config.every, total) or total
+            # A forward pass is about a third of a training step.
+            share = 100 * callback.tokens / 3 / (interval * int(config.global_batch))
+            log.info("%s: %s tokens every %d steps, about %.1f %% more computation", type(callback).__name__.lower(), human(callback.tokens), interval, share)
     for name, epochs in data.epochs(samples).items():
         log.info("  %-24s %6.2f %% of tokens, %8.3f epochs%s", name, 100 * data.weights[name], epochs, f" (from block {data.order.start[name]})" if data.order.start[name] else "")
 

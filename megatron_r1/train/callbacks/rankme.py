@@ -27,6 +27,11 @@ class RankMe(Callback):
         if len(documents) < int(config.samples):
             log.warning("rankme: %d samples asked for, the shards hold %d held-out documents: measured on these", int(config.samples), len(documents))
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of one measurement, padding included."""
+        return int(self.rows.batch["tokens"].size)
+
     def on_step(self, trainer: Trainer) -> None:
         """Measure when due."""
         if len(self.positions) < 2 or not due(trainer, self.config.every, at_start=self.config.every is not None):
