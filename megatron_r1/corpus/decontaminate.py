@@ -1,0 +1,88 @@
+"""Documents that contain evaluation items: found by long word sequences they share."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from megatron_r1.data.packages import PACKAGES, humaneval_records
+from megatron_r1.utils.errors import DataError
+
+_WORD = re.compile(r"\w+")
+
+
+class Overlap:
+    """Word n-grams of the evaluation items; `name(text)` says which item a text shares one with.
+
+    Words are runs of letters, digits and underscores, in lower case: punctuation and layout do not hide a copy.
+    """
+
+    def __init__(self, ngram: int = 13) -> None:
+        self.ngram = ngram
+        self.items = 0
+        self._grams: dict[tuple[str, ...], str] = {}
+        self._vocabulary: set[str] = set()
+
+    def add(self, name: str, text: str) -> None:
+        """Register an item; one with fewer than n words can not be found."""
+        words = _WORD.findall(text.lower())
+        self.items += 1
+        for i in range(len(words) - self.ngram + 1):
+            self._grams.setdefault(tuple(words[i : i + self.ngram]), name)
+            self._vocabulary.update(words[i : i + self.ngram])
+
+    def name(self, text: str) -> str | None:
+        """The first item the text shares n words in a row with, or None. Linear in the text."""
+        if not self._grams:
+            return None
+        words, run, known, n = _WORD.findall(text.lower()), 0, self._vocabulary, self.ngram
+        for end, word in enumerate(words, 1):
+            # A shared n-gram consists of words of the items only, so most texts never get as far as a look-up.
+            if word not in known:
+                run = 0
+                continue
+            run += 1
+            if run >= n and (found := self._grams.get(tuple(words[end - n : end]))) is not None:
+                return found
+        return None
+
+
+def load(name: str, overlap: Overlap) -> dict[str, str | int]:
+    """Register the evaluation items called `name` (human_eval, or a file); returns a record of what was loaded.
+
+    Raises EnvironmentProblem when HumanEval can not be had, DataError for a file that can not be read.
+    """
+    before = overlap.items
+    if name == "human_eval":
+        for item in humaneval_records():
+            overlap.add(item["task_id"], f"{item['prompt']}\n{item['canonical_solution']}")
+        return {"name": name, "items": overlap.items - before, **PACKAGES["human-eval"].origin}
+    path = Path(name).expanduser()
+    try:
+        lines = path.read_text("utf-8").split("\n") if path.suffix == ".jsonl" else [path.read_text("utf-8")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            expected=f"evaluation items (UTF-8 .jsonl or .txt) at {name}, or the name human_eval", found=f"{type(error).__name__}: {error}",
+            fix="correct decontaminate.against",
+        ) from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            overlap.add(f"{path.name}:{number}", _all_text(line) if path.suffix == ".jsonl" else line)
+    return {"name": path.name, "items": overlap.items - before}
+
+
+def _all_text(line: str) -> str:
+    """Every string of a JSON line, or the line itself when it is not JSON."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        return line
+    parts, stack = [], [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            parts.append(item)
+        else:
+            stack += reversed(list(item.values()) if isinstance(item, dict) else item if isinstance(item, list) else [])
+    return "\n".join(parts)
