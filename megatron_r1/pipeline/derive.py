@@ -162,7 +162,7 @@ def _trained_on(recipe: Recipe, corpus: str) -> Iterable[str]:
 
 def _probe(recipe: Recipe, step: str) -> dict[str, Any]:
     config: Any = recipe.steps[step]
-    return {"tokens": config.documents * len(config.capabilities) * config.tokens_per_document, "notes": ("tokens: at most",)}
+    return {"tokens": config.documents * len(config.capabilities) * config.tokens_per_document, "notes": ("tokens: at most, for windows of full length",)}
 
 
 def _mixture(recipe: Recipe, step: str) -> dict[str, Any]:
@@ -289,9 +289,9 @@ def print_plans(plans: Iterable[StepPlan], console: Console) -> None:
         )
     console.print(steps)
     data = Table("step", "source", *_right("share", "tokens", "pool", "epochs"), title="sources", title_justify="left")
-    trained = [plan.sources for plan in plans if plan.stage == "train"]
+    trained = [_shares(plan) for plan in plans if plan.stage == "train"]
     for plan in plans:
-        if plan.stage == "mixture" and plan.sources in trained:
+        if plan.stage == "mixture" and _shares(plan) in trained:
             continue  # the phase that trains on it says the same
         for number, (name, source) in enumerate(plan.sources.items()):
             data.add_row(
@@ -305,6 +305,10 @@ def print_plans(plans: Iterable[StepPlan], console: Console) -> None:
         console.print(f"{plan.step}: {plan.does}", markup=False, soft_wrap=True)
         for note in plan.notes:
             console.print(f"    {note}", markup=False, soft_wrap=True)
+
+
+def _shares(plan: StepPlan) -> dict[str, float]:
+    return {name: source.share for name, source in plan.sources.items()}
 
 
 def _right(*titles: str) -> list[Any]:
