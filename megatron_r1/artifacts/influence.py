@@ -6,11 +6,11 @@ scored document with the columns
     index, id, start, n_tokens, and one float64 column per capability and checkpoint, named `<capability>@<step>`
 
 A score is the raw sum over the document's predicted tokens of the directional derivative of their loss along the
-preconditioned probe gradient; **positive = benefit** (a step on the document lowers the probe loss). With probe folds the
-scores along each fold stand beside it as `<capability>@<step>#<fold>`.
+preconditioned probe gradient; **positive = benefit** (a step on the document lowers the probe loss). With probe folds
+the scores along each fold stand beside it as `<capability>@<step>#<fold>`.
 
-This reader also holds Eq. 5 (the joint influence of arXiv 2509.24945 v1), because the influence stage reports it and the
-mixture stage weights by it. pyarrow is imported only when a table is read.
+This reader also holds Eq. 5 (the joint influence of arXiv 2509.24945 v1), because the influence stage reports it and
+the mixture stage weights by it. pyarrow is imported only when a table is read.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Direction(Frozen):
     direction_norm: float = Field(description="Euclidean norm of P G")
     self_influence: float = Field(description="<G, P G>: what a step on the probe itself would give, per unit step")
     step: float = Field(description="finite-difference step h along P G")
-    truncation: float | None = Field(default=None, description="estimated relative error of the finite differences from curvature")
+    truncation: float | None = Field(
+        default=None, description="estimated relative error of the finite differences from curvature"
+    )
     energy: dict[str, float] = Field(description="share of <G, P G> by parameter group")
     rms: float = Field(default=0.0, description="root mean square over documents of all sources of the score per token")
 
@@ -60,7 +62,9 @@ class Cell(Frozen):
     interval: tuple[float, float] = Field(description="bootstrap interval of the mean")
     documents: int = Field(description="documents scored")
     tokens: int = Field(description="predicted tokens scored")
-    ess: float = Field(description="effective number of documents, (sum |s|)^2 / sum s^2: low = few documents carry the score")
+    ess: float = Field(
+        description="effective number of documents, (sum |s|)^2 / sum s^2: low = few documents carry the score"
+    )
     positive: float = Field(description="share of documents with a positive score")
 
 
@@ -78,15 +82,23 @@ class InfluenceRecord(Frozen):
     probe_sha256: str = Field(description="hash of the probe set")
     normalise: Normalise = Field(description="scale of the summary: see `InfluenceTable.benefits`")
     confidence: float = Field(description="nominal coverage of the intervals")
-    interval_covers: list[str] = Field(description="what was resampled for the intervals; what is not named is not covered")
+    interval_covers: list[str] = Field(
+        description="what was resampled for the intervals; what is not named is not covered"
+    )
     directions: dict[str, Direction] = Field(description="`<capability>@<step>` -> the direction scored along")
-    fold_weights: dict[str, list[float]] = Field(default={}, description="capability -> weight of each probe fold; sums to 1")
+    fold_weights: dict[str, list[float]] = Field(
+        default={}, description="capability -> weight of each probe fold; sums to 1"
+    )
     sources: dict[str, dict[str, Cell]] = Field(description="source -> capability -> summary")
     joint: dict[str, Cell] = Field(description="source -> summary over all capabilities (Eq. 5)")
     reliability: dict[str, float | None] = Field(
-        default={}, description="capability and `joint` -> split-half reliability of the ranking of sources (Spearman-Brown); null below 3 sources"
+        default={},
+        description="capability and `joint` -> split-half reliability of the ranking of sources (Spearman-Brown); "
+        "null below 3 sources",
     )
-    validity: dict[str, Any] | None = Field(default=None, description="receipt: predicted against real one-step change of the probe loss")
+    validity: dict[str, Any] | None = Field(
+        default=None, description="receipt: predicted against real one-step change of the probe loss"
+    )
     notes: list[str] = Field(default=[], description="remarks a reader must know")
 
 
@@ -119,13 +131,16 @@ class InfluenceTable:
         """Read an influence artifact. Raises ArtifactError when it is of another kind or does not parse."""
         if artifact.kind != "influence":
             raise ArtifactError(
-                expected="an influence artifact", found=f"{artifact.path.name} of kind {artifact.kind}", fix="point `inputs.influence` at an influence step"
+                expected="an influence artifact",
+                found=f"{artifact.path.name} of kind {artifact.kind}",
+                fix="point `inputs.influence` at an influence step",
             )
         try:
             record = InfluenceRecord.model_validate(artifact.json(INFLUENCE_FILE))
         except ValidationError as error:
             raise ArtifactError(
-                expected=f"an influence record in {artifact.path / INFLUENCE_FILE}", found=f"{error.error_count()} wrong or missing fields",
+                expected=f"an influence record in {artifact.path / INFLUENCE_FILE}",
+                found=f"{error.error_count()} wrong or missing fields",
                 fix="delete the folder and run the same command again",
             ) from error
         for source in record.sources:
@@ -149,18 +164,21 @@ class InfluenceTable:
         return np.array([checkpoint.alpha for checkpoint in self.record.checkpoints])
 
     def scores(self, source: str) -> DocumentScores:
-        """Per-document scores of one source. Raises ArtifactError when a column is missing or a score is not a number."""
+        """Per-document scores of one source.
+
+        Raises ArtifactError when a column is missing or a score is not a number.
+        """
         if source not in self._cache:
             self._cache[source] = read_scores(self.path / "scores" / f"{source}.parquet", self.record)
         return self._cache[source]
 
     def benefits(self, source: str, normalise: Normalise = "rms") -> np.ndarray:
-        """Benefit summed over each document's tokens, [n, C], positive = benefit: sum_t alpha_t s[., c, t] / scale[c, t].
+        """Benefit summed over each document's tokens, [n, C]: sum_t alpha_t s[., c, t] / scale[c, t].
 
         `normalise` brings capabilities and checkpoints to one scale. Scores along P G scale with the probe gradient, so
         unlike DataInf's (arXiv 2509.24945 uses AutoMixer's DataInf form) they are not comparable as they are:
-        "rms" divides by the root mean square of the per-token scores over all scored documents; "self" by <G, P G>, so that
-        1 means "as good as training on the probe itself"; "none" leaves nats per unit step.
+        "rms" divides by the root mean square of the per-token scores over all scored documents; "self" by <G, P G>, so
+        that 1 means "as good as training on the probe itself"; "none" leaves nats per unit step.
         """
         return np.einsum("nct,t,ct->nc", self.scores(source).raw, self.alpha, 1.0 / self.scales(normalise))
 
@@ -175,7 +193,8 @@ class InfluenceTable:
         if not (np.isfinite(scales).all() and (scales > 0).all()):
             bad = [name for row, line in zip(names, scales) for name, scale in zip(row, line) if not scale > 0]
             raise ArtifactError(
-                expected=f"a positive scale ({normalise}) for every capability and checkpoint", found=f"none for {', '.join(bad)}",
+                expected=f"a positive scale ({normalise}) for every capability and checkpoint",
+                found=f"none for {', '.join(bad)}",
                 fix="score more documents, or choose `normalise: none`",
             )
         return scales
@@ -183,20 +202,24 @@ class InfluenceTable:
     def resample(self, source: str, replicates: int, seed: int, normalise: Normalise = "rms") -> np.ndarray:
         """Bootstrap of the benefit per token: [replicates, C].
 
-        Documents are drawn with replacement, several rows of one document together; with probe folds, folds are drawn with
-        replacement too (the same draw for every source and capability of a replicate, since they share the probe).
+        Documents are drawn with replacement, several rows of one document together; with probe folds, folds are drawn
+        with replacement too (the same draw for every source and capability of a replicate, since they share the probe).
         """
         scores = self.scores(source)
         unit = np.unique(scores.index, return_inverse=True)[1]
         count = int(unit.max()) + 1
         tokens = np.bincount(unit, weights=scores.n_tokens, minlength=count)
-        draws = generator(seed, "bootstrap", source).multinomial(count, np.full(count, 1.0 / count), size=replicates)  # [R, n]
+        draws = generator(seed, "bootstrap", source).multinomial(
+            count, np.full(count, 1.0 / count), size=replicates
+        )  # [R, n]
         weight = self.alpha / self.scales(normalise)  # [C, T]
         if scores.folds is None:
             sums = group_sum(np.einsum("nct,ct->nc", scores.raw, weight), unit, count)
             return (draws @ sums) / (draws @ tokens)[:, None]
         fold_count = scores.folds.shape[-1]
-        fold_draws = generator(seed, "bootstrap probe folds").multinomial(fold_count, np.full(fold_count, 1.0 / fold_count), size=replicates)
+        fold_draws = generator(seed, "bootstrap probe folds").multinomial(
+            fold_count, np.full(fold_count, 1.0 / fold_count), size=replicates
+        )
         base = np.array([self.record.fold_weights[capability] for capability in self.record.capabilities])  # [C, F]
         share = fold_draws[:, None, :] * base[None]  # [R, C, F]
         share /= share.sum(axis=-1, keepdims=True)
@@ -236,11 +259,24 @@ def read_scores(path: Path, record: InfluenceRecord) -> DocumentScores:
     raw = np.stack([read(name) for name in wanted], axis=1).astype(np.float64).reshape(shape)
     folds = None
     if record.folds > 1:
-        names = [column(capability, step, fold) for capability in record.capabilities for step in steps for fold in range(record.folds)]
+        names = [
+            column(capability, step, fold)
+            for capability in record.capabilities
+            for step in steps
+            for fold in range(record.folds)
+        ]
         folds = np.stack([read(name) for name in names], axis=1).astype(np.float64).reshape(*shape, record.folds)
     if not np.isfinite(raw).all():
         raise ArtifactError(
-            expected=f"finite scores in {path}", found=f"{int((~np.isfinite(raw)).sum())} that are not numbers",
+            expected=f"finite scores in {path}",
+            found=f"{int((~np.isfinite(raw)).sum())} that are not numbers",
             fix="delete the artifact folder and score again; if it happens again, lower fd_epsilon or raise eps",
         )
-    return DocumentScores(read("index").astype(np.int64), table.column("id").to_pylist(), read("start").astype(np.int64), read("n_tokens").astype(np.int64), raw, folds)
+    return DocumentScores(
+        read("index").astype(np.int64),
+        table.column("id").to_pylist(),
+        read("start").astype(np.int64),
+        read("n_tokens").astype(np.int64),
+        raw,
+        folds,
+    )

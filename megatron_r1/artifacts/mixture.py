@@ -20,15 +20,23 @@ class Mixture(Frozen):
     """Weights of the sources and their provenance. Shares are of *tokens*."""
 
     method: Literal["influence", "uniform", "natural", "explicit"] = Field(description="how the weights were made")
-    weights: dict[str, float] = Field(min_length=1, description="source -> share of training tokens; the shares sum to 1")
+    weights: dict[str, float] = Field(
+        min_length=1, description="source -> share of training tokens; the shares sum to 1"
+    )
     natural: dict[str, float] = Field(description="source -> share proportional to its training tokens (baseline)")
     uniform: dict[str, float] = Field(description="source -> equal share (baseline)")
     floor: float = Field(ge=0, lt=1, description="smallest share of a source that is not known to harm")
     tokens: dict[str, int] = Field(default={}, description="source -> tokens in its training split")
-    intervals: dict[str, Interval] | None = Field(default=None, description="source -> interval of its share (bootstrap over scored documents)")
-    rho: dict[str, float] = Field(default={}, description="source -> benefit per token, Eq. 6 before normalisation; may be negative")
+    intervals: dict[str, Interval] | None = Field(
+        default=None, description="source -> interval of its share (bootstrap over scored documents)"
+    )
+    rho: dict[str, float] = Field(
+        default={}, description="source -> benefit per token, Eq. 6 before normalisation; may be negative"
+    )
     rho_intervals: dict[str, Interval] = Field(default={}, description="source -> interval of rho")
-    rho_capability: dict[str, dict[str, float]] = Field(default={}, description="source -> capability -> benefit per token (normalised scale)")
+    rho_capability: dict[str, dict[str, float]] = Field(
+        default={}, description="source -> capability -> benefit per token (normalised scale)"
+    )
     clipped: list[str] = Field(default=[], description="sources whose rho is not positive, counted as 0 in Eq. 6")
     harmful: list[str] = Field(default=[], description="clipped sources whose interval of rho lies wholly below 0")
     capped: list[str] = Field(default=[], description="sources whose share is bound by max_epochs")
@@ -43,7 +51,10 @@ class Mixture(Frozen):
     @model_validator(mode="after")
     def _shares(self) -> Mixture:
         total = math.fsum(self.weights.values())
-        if any(not math.isfinite(weight) or weight < 0 for weight in self.weights.values()) or abs(total - 1) > SUM_TOLERANCE:
+        if (
+            any(not math.isfinite(weight) or weight < 0 for weight in self.weights.values())
+            or abs(total - 1) > SUM_TOLERANCE
+        ):
             raise ValueError(f"weights must be non-negative and sum to 1; they sum to {total!r}")
         return self
 
@@ -52,12 +63,15 @@ def load_mixture(artifact: Artifact) -> Mixture:
     """Read a mixture artifact. Raises ArtifactError when it is of another kind or does not parse."""
     if artifact.kind != "mixture":
         raise ArtifactError(
-            expected="a mixture artifact", found=f"{artifact.path.name} of kind {artifact.kind}", fix="point `inputs.mixture` at a mixture step"
+            expected="a mixture artifact",
+            found=f"{artifact.path.name} of kind {artifact.kind}",
+            fix="point `inputs.mixture` at a mixture step",
         )
     try:
         return Mixture.model_validate(artifact.json(MIXTURE_FILE))
     except ValidationError as error:
         raise ArtifactError(
-            expected=f"a mixture in {artifact.path / MIXTURE_FILE}", found=f"{error.error_count()} wrong or missing fields",
+            expected=f"a mixture in {artifact.path / MIXTURE_FILE}",
+            found=f"{error.error_count()} wrong or missing fields",
             fix="delete the folder and run the same command again",
         ) from error

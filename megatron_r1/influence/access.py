@@ -32,8 +32,13 @@ def context(seed: int) -> ParallelContext:
     return initialize(LayoutConfig(), seed)
 
 
-def load(checkpoints: CheckpointSet, point: CheckpointInfo, ctx: ParallelContext, preconditioner: str, eps: float | None) -> LoadedCheckpoint:
-    """Load weights in fp32, and the optimizer's second moment when P needs it. Raises CheckpointError when it is not there."""
+def load(
+    checkpoints: CheckpointSet, point: CheckpointInfo, ctx: ParallelContext, preconditioner: str, eps: float | None
+) -> LoadedCheckpoint:
+    """Load weights in fp32, and the optimizer's second moment when P needs it.
+
+    Raises CheckpointError when it is not there.
+    """
     chunks = load_model(point, ctx, precision="fp32")
     (model,) = chunks
     model.eval().requires_grad_(True)
@@ -49,4 +54,3 @@ def load(checkpoints: CheckpointSet, point: CheckpointInfo, ctx: ParallelContext
     trainer = Adam(moment, step, beta2, own)
     chosen = trainer if eps is None or eps == own else Adam(moment, step, beta2, eps)
     return LoadedCheckpoint(losses, parameters, chosen, trainer, own if eps is None else eps)
-

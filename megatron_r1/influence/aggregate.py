@@ -1,4 +1,4 @@
-"""From per-document scores to what a reader wants: per-source benefit with intervals, and how far to trust the ranking."""
+"""From document scores to benefit per source, with intervals and how far to trust the ranking."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def effective_documents(scores: np.ndarray) -> float:
 
 def root_mean_squares(table: InfluenceTable) -> np.ndarray:
     """RMS over all documents of all sources of the score per token, [C, T]."""
-    rates = np.concatenate([table.scores(source).raw / table.scores(source).n_tokens[:, None, None] for source in table.sources])
+    rates = np.concatenate(
+        [table.scores(source).raw / table.scores(source).n_tokens[:, None, None] for source in table.sources]
+    )
     return np.sqrt((rates**2).mean(axis=0))
 
 
@@ -61,7 +63,8 @@ def summarise(table: InfluenceTable, replicates: int, seed: int) -> InfluenceRec
         tokens = table.scores(source).n_tokens
         draws = table.resample(source, replicates, seed, record.normalise)  # [R, C]
         sources[source] = {
-            capability: _cell(benefits[:, c], tokens, draws[:, c], record.confidence) for c, capability in enumerate(record.capabilities)
+            capability: _cell(benefits[:, c], tokens, draws[:, c], record.confidence)
+            for c, capability in enumerate(record.capabilities)
         }
         joint[source] = _cell(benefits.mean(axis=1), tokens, draws.mean(axis=1), record.confidence)
     return record.model_copy(update={"sources": sources, "joint": joint, "reliability": reliability(table, seed)})
@@ -75,16 +78,20 @@ def interval(draws: np.ndarray, confidence: float) -> tuple[float, float]:
 
 def _cell(sums: np.ndarray, tokens: np.ndarray, draws: np.ndarray, confidence: float) -> Cell:
     return Cell(
-        mean=float(sums.sum() / tokens.sum()), interval=interval(draws, confidence), documents=len(sums), tokens=int(tokens.sum()),
-        ess=effective_documents(sums), positive=float((sums > 0).mean()),
+        mean=float(sums.sum() / tokens.sum()),
+        interval=interval(draws, confidence),
+        documents=len(sums),
+        tokens=int(tokens.sum()),
+        ess=effective_documents(sums),
+        positive=float((sums > 0).mean()),
     )
 
 
 def reliability(table: InfluenceTable, seed: int) -> dict[str, float | None]:
     """Split-half reliability of the ranking of sources: would other documents of the same sources rank them alike?
 
-    Mean Spearman correlation r over random halves of every source's documents, stepped up to the full number of documents
-    (Spearman-Brown: 2r / (1 + r)). None with fewer than 3 sources or a source of one document.
+    Mean Spearman correlation r over random halves of every source's documents, stepped up to the full number of
+    documents (Spearman-Brown: 2r / (1 + r)). None with fewer than 3 sources or a source of one document.
     """
     record = table.record
     names = [*record.capabilities, "joint"]

@@ -21,11 +21,16 @@ class InfluenceInputs(Frozen):
 class ValidityConfig(Frozen):
     """The receipt: do the scores predict what a real step does to the probe loss?"""
 
-    batches: int = Field(default=12, ge=0, description="random document batches to take one real step on; 0 leaves the receipt out")
+    batches: int = Field(
+        default=12, ge=0, description="random document batches to take one real step on; 0 leaves the receipt out"
+    )
     documents: int = Field(default=8, ge=1, description="scored documents per batch")
     step: float = Field(
-        default=1e-4, gt=0, lt=0.1,
-        description="length of the real step relative to the norm of the weights: above fp32 noise, yet short enough for a first-order forecast. "
+        default=1e-4,
+        gt=0,
+        lt=0.1,
+        description="length of the real step relative to the norm of the weights: above fp32 noise, yet short enough "
+        "for a first-order forecast. "
         "On a nano model the rank correlation was 0.99 at 1e-4, 0.92 at 1e-3 and 0.65 at 1e-2, where curvature decides",
     )
 
@@ -33,48 +38,97 @@ class ValidityConfig(Frozen):
 class InfluenceConfig(StageConfig):
     """How documents are scored.
 
-    Score of a document = <its gradient, P G>, P the preconditioner and G the gradient of a capability's probe loss, by central
-    finite differences: two forwards, no backward, every parameter. Positive = benefit.
+    Score of a document = <its gradient, P G>, P the preconditioner and G the gradient of a capability's probe loss, by
+    central finite differences: two forwards, no backward, every parameter. Positive = benefit.
     """
 
     stage: Literal["influence"] = Field(default="influence", description="Which stage this step runs.")
     inputs: InfluenceInputs = Field(description="The steps influence reads.")
-    sources: list[str] | None = Field(default=None, min_length=1, description="sources to score; by default every source of the shards")
-    documents: int = Field(default=48, ge=1, description="documents scored per source (Eq. 6's representative subset), drawn by a keyed permutation of the training split")
-    tokens_per_document: int = Field(default=256, ge=8, description="predicted tokens per row; longer documents are cut (see score_unit), shorter ones padded")
+    sources: list[str] | None = Field(
+        default=None, min_length=1, description="sources to score; by default every source of the shards"
+    )
+    documents: int = Field(
+        default=48,
+        ge=1,
+        description="documents scored per source (Eq. 6's representative subset), drawn by a keyed permutation of "
+        "the training split",
+    )
+    tokens_per_document: int = Field(
+        default=256,
+        ge=8,
+        description="predicted tokens per row; longer documents are cut (see score_unit), shorter ones padded",
+    )
     min_tokens: int = Field(default=8, ge=2, description="documents with fewer tokens are not drawn")
     score_unit: Literal["window", "document"] = Field(
-        default="window", description="window: one window per document; document: all windows of the document, summed (needed to filter documents; costs its whole length)"
+        default="window",
+        description="window: one window per document; document: all windows of the document, summed (needed to "
+        "filter documents; costs its whole length)",
     )
-    window: Literal["random", "first"] = Field(default="random", description="with score_unit window: where the window begins; random is what training blocks see")
-    checkpoints: int = Field(default=2, ge=1, description="how many of the run's checkpoints to score at, evenly spaced and ending at the last; weight alpha proportional to the step (Eq. 5)")
+    window: Literal["random", "first"] = Field(
+        default="random",
+        description="with score_unit window: where the window begins; random is what training blocks see",
+    )
+    checkpoints: int = Field(
+        default=2,
+        ge=1,
+        description="how many of the run's checkpoints to score at, evenly spaced and ending at the last; weight "
+        "alpha proportional to the step (Eq. 5)",
+    )
     preconditioner: Literal["none", "adam"] = Field(
-        default="adam", description="adam: the trainer's own second moment, bias correction and eps, which predicts an AdamW step far better than none"
+        default="adam",
+        description="adam: the trainer's own second moment, bias correction and eps, which predicts an AdamW step "
+        "far better than none",
     )
     eps: float | None = Field(
-        default=None, gt=0,
-        description="eps in 1/(sqrt(v)+eps); by default the trainer's. A tiny eps lets rarely seen embedding rows carry the score (watch `ess`); "
+        default=None,
+        gt=0,
+        description="eps in 1/(sqrt(v)+eps); by default the trainer's. A tiny eps lets rarely seen embedding rows "
+        "carry the score (watch `ess`); "
         "raising it damps them, at the price of predicting another optimizer",
     )
-    fd_epsilon: float = Field(default=3e-4, gt=0, lt=0.1, description="finite-difference step relative to |weights|/|P G|. Measured in fp32: 3e-4 gives 1e-4 relative error, 1e-2 gives 0.12")
-    fd_check_documents: int = Field(default=8, ge=0, description="rows rescored at twice the step to estimate the curvature error of each direction; 0 leaves the check out")
+    fd_epsilon: float = Field(
+        default=3e-4,
+        gt=0,
+        lt=0.1,
+        description="finite-difference step relative to |weights|/|P G|. Measured in fp32: 3e-4 gives 1e-4 relative "
+        "error, 1e-2 gives 0.12",
+    )
+    fd_check_documents: int = Field(
+        default=8,
+        ge=0,
+        description="rows rescored at twice the step to estimate the curvature error of each direction; 0 leaves the "
+        "check out",
+    )
     probe_weighting: Literal["documents", "tokens"] = Field(
-        default="documents", description="documents: the probe loss is the mean over windows of their mean token loss (recipe default); tokens: mean over all tokens"
+        default="documents",
+        description="documents: the probe loss is the mean over windows of their mean token loss (recipe default); "
+        "tokens: mean over all tokens",
     )
     probe_folds: int = Field(
-        default=1, ge=1, description="probe folds with their own direction, so that intervals also cover the choice of probe windows; multiplies the cost. 1: intervals cover scored documents only, and say so"
+        default=1,
+        ge=1,
+        description="probe folds with their own direction, so that intervals also cover the choice of probe windows; "
+        "multiplies the cost. 1: intervals cover scored documents only, and say so",
     )
-    normalise: Literal["none", "rms", "self"] = Field(default="rms", description="scale of the summary and of Eq. 5: see artifacts.influence.InfluenceTable.benefits")
+    normalise: Literal["none", "rms", "self"] = Field(
+        default="rms", description="scale of the summary and of Eq. 5: see artifacts.influence.InfluenceTable.benefits"
+    )
     confidence: float = Field(default=0.95, gt=0.5, lt=1, description="nominal coverage of the intervals")
     bootstrap: int = Field(default=1000, ge=100, description="bootstrap replicates")
     batch: Tokens = Field(default=Tokens(4096), description="padded tokens per forward")
-    partition_documents: int = Field(default=256, ge=1, description="documents per resumable partition: an interrupted run loses at most the partition in work")
+    partition_documents: int = Field(
+        default=256,
+        ge=1,
+        description="documents per resumable partition: an interrupted run loses at most the partition in work",
+    )
     validity: ValidityConfig = Field(default=ValidityConfig(), description="the receipt")
 
     @model_validator(mode="after")
     def _batch(self) -> InfluenceConfig:
         if self.batch < self.tokens_per_document:
-            raise ValueError(f"batch ({self.batch}) must hold at least one row of tokens_per_document ({self.tokens_per_document})")
+            raise ValueError(
+                f"batch ({self.batch}) must hold at least one row of tokens_per_document ({self.tokens_per_document})"
+            )
         return self
 
 
@@ -82,6 +136,8 @@ def describe(config: InfluenceConfig) -> str:
     """Return one line that says what this step would do."""
     which = "every source" if config.sources is None else f"{len(config.sources)} sources"
     return (
-        f"score {config.documents} documents of {which}, up to {config.tokens_per_document} tokens each, at {config.checkpoints} "
-        f"checkpoint{'' if config.checkpoints == 1 else 's'} (preconditioner {config.preconditioner}, finite differences in fp32)"
+        f"score {config.documents} documents of {which}, up to {config.tokens_per_document} tokens each, at "
+        f"{config.checkpoints} "
+        f"checkpoint{'' if config.checkpoints == 1 else 's'} (preconditioner {config.preconditioner}, finite "
+        "differences in fp32)"
     )

@@ -1,8 +1,8 @@
 """Central finite differences: s_i = <grad L_i, d> = (L_i(theta + h d) - L_i(theta - h d)) / 2h, two forwards, no hooks.
 
-Works for anything that has a forward: nothing is assumed about layers, ties or parallel layouts. d = P G, so s_i > 0 means
-that the optimizer's step on document i lowers the probe loss: the sign is that of *benefit* (the minus of the paper's
-Eq. 2 is dropped, as its Eqs. 6 and 7 need).
+Works for anything that has a forward: nothing is assumed about layers, ties or parallel layouts. d = P G, so s_i > 0
+means that the optimizer's step on document i lowers the probe loss: the sign is that of *benefit* (the minus of the
+paper's Eq. 2 is dropped, as its Eqs. 6 and 7 need).
 """
 
 from __future__ import annotations
@@ -57,7 +57,11 @@ class FiniteDifference:
         for name, parameter in self.parameters.items():
             bits = BITS[parameter.dtype]
             if not torch.equal(parameter.detach().view(bits), self._saved[name].view(bits)):
-                raise R1Error(expected=f"{name} restored bit for bit after scoring", found="different bits", fix="report this as a defect of the influence stage")
+                raise R1Error(
+                    expected=f"{name} restored bit for bit after scoring",
+                    found="different bits",
+                    fix="report this as a defect of the influence stage",
+                )
 
     @torch.no_grad()
     def row_losses(self, batches: Sequence[RowBatch], advance: Callable[[int], None] = lambda _: None) -> np.ndarray:
@@ -70,7 +74,11 @@ class FiniteDifference:
         return sums
 
     def scores(
-        self, direction: Mapping[str, Tensor], batches: Sequence[RowBatch], h: float | None = None, advance: Callable[[int], None] = lambda _: None
+        self,
+        direction: Mapping[str, Tensor],
+        batches: Sequence[RowBatch],
+        h: float | None = None,
+        advance: Callable[[int], None] = lambda _: None,
     ) -> np.ndarray:
         """<grad of a row's summed loss, d> for every row, float64 [rows]; positive = benefit."""
         h = self.step(direction) if h is None else h
@@ -80,8 +88,16 @@ class FiniteDifference:
             below = self.row_losses(batches, advance)
         return (above - below) / (2.0 * h)
 
-    def truncation(self, direction: Mapping[str, Tensor], batches: Sequence[RowBatch], advance: Callable[[int], None] = lambda _: None) -> float:
-        """Estimated relative error from curvature: s(2h) - s(h) = 3 c h^2 to leading order, so a third of it, relative to s(h)."""
+    def truncation(
+        self,
+        direction: Mapping[str, Tensor],
+        batches: Sequence[RowBatch],
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> float:
+        """Estimated relative error from curvature.
+
+        s(2h) - s(h) = 3 c h^2 to leading order, so a third of it, relative to s(h).
+        """
         h = self.step(direction)
         near = self.scores(direction, batches, h, advance)
         far = self.scores(direction, batches, 2 * h, advance)

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-GROUPS = (("norm", "norm"), ("embedding", "embedding"), ("output_layer", "embedding"), ("attention", "attention"), ("mlp", "ffn"))
+GROUPS = (
+    ("norm", "norm"),
+    ("embedding", "embedding"),
+    ("output_layer", "embedding"),
+    ("attention", "attention"),
+    ("mlp", "ffn"),
+)
 
 
 def group_of(name: str) -> str:

@@ -91,36 +91,45 @@ class Job:
         return self.store.folder / "validity.json"
 
 
-def require_matching(inputs: Mapping[str, Artifact], shards: ShardSet, probe: ProbeSet, checkpoints: CheckpointSet) -> None:
+def require_matching(
+    inputs: Mapping[str, Artifact], shards: ShardSet, probe: ProbeSet, checkpoints: CheckpointSet
+) -> None:
     """The probe's documents and the checkpoint's tokens must be those of the shards. Raises ArtifactError."""
     if probe.shards != inputs["shards"].fingerprint:
         raise ArtifactError(
-            expected=f"a probe made from the shards {inputs['shards'].fingerprint[:8]}", found=f"one made from {probe.shards[:8]}",
+            expected=f"a probe made from the shards {inputs['shards'].fingerprint[:8]}",
+            found=f"one made from {probe.shards[:8]}",
             fix="point influence and its probe at the same corpus step",
         )
     if checkpoints.manifest.tokenizer != shards.tokenizer.sha256:
         raise ArtifactError(
             expected=f"a checkpoint trained on the tokenizer {shards.tokenizer.sha256[:8]} of the shards",
-            found=f"one trained on {checkpoints.manifest.tokenizer[:8]}", fix="score with a checkpoint trained on these shards' tokenizer",
+            found=f"one trained on {checkpoints.manifest.tokenizer[:8]}",
+            fix="score with a checkpoint trained on these shards' tokenizer",
         )
     if probe.digest(shards) != probe.sha256:
         raise ArtifactError(
-            expected=f"probe documents with the hash {probe.sha256[:8]}", found="other content under the same references",
+            expected=f"probe documents with the hash {probe.sha256[:8]}",
+            found="other content under the same references",
             fix="delete the probe artifact and make it again",
         )
 
 
-def prepare(config: InfluenceConfig, shards: ShardSet, probe: ProbeSet, checkpoints: CheckpointSet, store: ScoreStore) -> Job:
+def prepare(
+    config: InfluenceConfig, shards: ShardSet, probe: ProbeSet, checkpoints: CheckpointSet, store: ScoreStore
+) -> Job:
     """Choose documents and checkpoints."""
     sources = list(shards.sources) if config.sources is None else config.sources
     unknown = sorted(set(sources) - set(shards.sources))
     if unknown:
         raise ConfigError(
-            expected=f"sources of the shards ({', '.join(sorted(shards.sources))})", found=f"{', '.join(unknown)}",
+            expected=f"sources of the shards ({', '.join(sorted(shards.sources))})",
+            found=f"{', '.join(unknown)}",
             fix="correct influence's `sources`, or leave it out to score every source",
         )
     rows = {
-        name: [Row(i, document.tokens(shards)) for i, document in enumerate(found.documents)] for name, found in probe.capabilities.items()
+        name: [Row(i, document.tokens(shards)) for i, document in enumerate(found.documents)]
+        for name, found in probe.capabilities.items()
     }
     trained = [point for point in checkpoints.checkpoints if point.step > 0]
     chosen = {source: choose(config, source, shards.split(source, "train")) for source in sources}
@@ -130,7 +139,9 @@ def prepare(config: InfluenceConfig, shards: ShardSet, probe: ProbeSet, checkpoi
 def direction_tokens(job: Job) -> int:
     """Token-forwards that the directions of one checkpoint take (a backward counts as two)."""
     folds = job.config.probe_folds
-    gradients = sum(3 * padded_tokens(rows[fold::folds], job.tokens) for rows in job.probe.values() for fold in range(folds))
+    gradients = sum(
+        3 * padded_tokens(rows[fold::folds], job.tokens) for rows in job.probe.values() for fold in range(folds)
+    )
     return gradients + 4 * job.columns * padded_tokens(job.check_rows(), job.tokens)
 
 
@@ -145,9 +156,14 @@ def scores_at(job: Job, step: int) -> dict[str, np.ndarray]:
     for partition in job.partitions():
         scores = job.load(step, partition)
         if scores is None:
-            raise ArtifactError(expected=f"{partition} of step {step}, finished", found="none", fix="run the same command again")
+            raise ArtifactError(
+                expected=f"{partition} of step {step}, finished", found="none", fix="run the same command again"
+            )
         found[partition.source].append(scores)
-    return {source: np.concatenate(all_parts).reshape(-1, len(job.probe), job.config.probe_folds) for source, all_parts in found.items()}
+    return {
+        source: np.concatenate(all_parts).reshape(-1, len(job.probe), job.config.probe_folds)
+        for source, all_parts in found.items()
+    }
 
 
 def fold_weights(job: Job, step: int) -> np.ndarray:

@@ -39,24 +39,29 @@ class Adam:
         """Raises CheckpointError when the moment is not one of a run that took steps."""
         if step < 1 or not 0 <= beta2 < 1 or not eps > 0:
             raise CheckpointError(
-                expected="an optimizer state with step >= 1, 0 <= beta2 < 1 and eps > 0", found=f"step {step}, beta2 {beta2}, eps {eps}",
+                expected="an optimizer state with step >= 1, 0 <= beta2 < 1 and eps > 0",
+                found=f"step {step}, beta2 {beta2}, eps {eps}",
                 fix="score a checkpoint that was trained with Adam, or set preconditioner: none",
             )
         for name, moment in second_moment.items():
             if not bool(torch.isfinite(moment).all()) or bool((moment < 0).any()):
                 raise CheckpointError(
-                    expected=f"finite second moments >= 0 for {name}", found="negative or not-a-number entries",
+                    expected=f"finite second moments >= 0 for {name}",
+                    found="negative or not-a-number entries",
                     fix="the optimizer state is damaged: verify the checkpoint, or set preconditioner: none",
                 )
         correction = 1.0 - beta2**step
-        self.scale = {name: 1.0 / ((moment.float() / correction).sqrt() + eps) for name, moment in second_moment.items()}
+        self.scale = {
+            name: 1.0 / ((moment.float() / correction).sqrt() + eps) for name, moment in second_moment.items()
+        }
 
     def __call__(self, gradient: Mapping[str, Tensor]) -> Direction:
         """P G. Raises CheckpointError when a parameter has no second moment."""
         absent = [name for name in gradient if name not in self.scale or self.scale[name].shape != gradient[name].shape]
         if absent:
             raise CheckpointError(
-                expected="a second moment of the right shape for every parameter", found=f"none for {len(absent)}, such as {absent[0]}",
+                expected="a second moment of the right shape for every parameter",
+                found=f"none for {len(absent)}, such as {absent[0]}",
                 fix="score a checkpoint saved with its optimizer, or set preconditioner: none",
             )
         return {name: part * self.scale[name].to(part.device) for name, part in gradient.items()}

@@ -28,11 +28,16 @@ class ProbeGradient:
 
 def require_full_precision(parameters: Mapping[str, Tensor]) -> None:
     """Refuse weights whose differences would be rounding: finite differences in bf16 have relative error 0.1."""
-    low = {name: parameter.dtype for name, parameter in parameters.items() if parameter.dtype not in (torch.float32, torch.float64)}
+    low = {
+        name: parameter.dtype
+        for name, parameter in parameters.items()
+        if parameter.dtype not in (torch.float32, torch.float64)
+    }
     if low:
         name, dtype = next(iter(low.items()))
         raise CheckpointError(
-            expected="fp32 weights for finite differences", found=f"{name} in {dtype} (and {len(low) - 1} more)",
+            expected="fp32 weights for finite differences",
+            found=f"{name} in {dtype} (and {len(low) - 1} more)",
             fix="load the checkpoint's fp32 master weights (precision fp32)",
         )
 
@@ -45,8 +50,13 @@ def row_weights(rows: Sequence[Row], weighting: str) -> list[float]:
 
 
 def gradient(
-    losses: TokenLosses, parameters: Mapping[str, Tensor], rows: Sequence[Row], weights: Sequence[float], batch_tokens: int,
-    device: torch.device, advance: Callable[[int], None] = lambda _: None,
+    losses: TokenLosses,
+    parameters: Mapping[str, Tensor],
+    rows: Sequence[Row],
+    weights: Sequence[float],
+    batch_tokens: int,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[Direction, float]:
     """Gradient and value of sum_i weights[i] * (summed token loss of row i)."""
     names, leaves = list(parameters), list(parameters.values())
@@ -66,8 +76,14 @@ def gradient(
 
 
 def probe_gradients(
-    losses: TokenLosses, parameters: Mapping[str, Tensor], rows: Sequence[Row], folds: int, weighting: str, batch_tokens: int,
-    device: torch.device, advance: Callable[[int], None] = lambda _: None,
+    losses: TokenLosses,
+    parameters: Mapping[str, Tensor],
+    rows: Sequence[Row],
+    folds: int,
+    weighting: str,
+    batch_tokens: int,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> list[ProbeGradient]:
     """The probe's gradient, split into `folds` parts whose weighted mean is the whole (one part: the whole).
 
@@ -75,7 +91,9 @@ def probe_gradients(
     """
     if len(rows) < folds:
         raise DataError(
-            expected=f"at least {folds} probe windows for {folds} folds", found=f"{len(rows)}", fix="lower probe_folds or raise the probe's documents"
+            expected=f"at least {folds} probe windows for {folds} folds",
+            found=f"{len(rows)}",
+            fix="lower probe_folds or raise the probe's documents",
         )
     weights = row_weights(rows, weighting)
     parts = []
@@ -84,12 +102,19 @@ def probe_gradients(
         chosen = list(range(fold, len(rows), folds))
         share = sum(weights[i] * rows[i].targets for i in chosen)
         found, loss = gradient(
-            losses, parameters, [rows[i] for i in chosen], [weights[i] / share for i in chosen], batch_tokens, device, advance
+            losses,
+            parameters,
+            [rows[i] for i in chosen],
+            [weights[i] / share for i in chosen],
+            batch_tokens,
+            device,
+            advance,
         )
         size = norm(found)
         if not 0 < size < float("inf"):
             raise DataError(
-                expected="a finite probe gradient that is not zero", found=f"a gradient of norm {size} (probe loss {loss})",
+                expected="a finite probe gradient that is not zero",
+                found=f"a gradient of norm {size} (probe loss {loss})",
                 fix="check that the checkpoint's training did not diverge and that the probe is not empty",
             )
         parts.append(ProbeGradient(found, loss, share))

@@ -37,10 +37,15 @@ def run(config: InfluenceConfig, inputs: Mapping[str, Any], work: Workspace) -> 
 
     Every process of a torchrun job may take part (they share the partitions); those that are not rank 0 return None.
 
-    Raises ArtifactError when the inputs do not belong together, ConfigError or DataError when there is nothing to score,
-    CheckpointError when the checkpoint has no fp32 weights or lacks the optimizer state the preconditioner needs.
+    Raises ArtifactError when the inputs do not belong together, ConfigError or DataError when there is nothing to
+    score, CheckpointError when the checkpoint has no fp32 weights or lacks the optimizer state the preconditioner
+    needs.
     """
-    shards, probe, checkpoints = ShardSet.open(inputs["shards"]), load_probe(inputs["probe"]), CheckpointSet.open(inputs["checkpoint"])
+    shards, probe, checkpoints = (
+        ShardSet.open(inputs["shards"]),
+        load_probe(inputs["probe"]),
+        CheckpointSet.open(inputs["checkpoint"]),
+    )
     require_matching(inputs, shards, probe, checkpoints)
     job = prepare(config, shards, probe, checkpoints, ScoreStore(work.tmp / "partitions"))
     ctx = access.context(job.seed)
@@ -50,12 +55,22 @@ def run(config: InfluenceConfig, inputs: Mapping[str, Any], work: Workspace) -> 
     record = finish(job, probe, work, validity)
     io.atomic_write_json(work.path / INFLUENCE_FILE, record.plain())
     for source, cell in sorted(record.joint.items(), key=lambda item: -item[1].mean):
-        log.info("influence %-20s joint %+.4f [%+.4f, %+.4f]  ess %.0f of %d", source, cell.mean, *cell.interval, cell.ess, cell.documents)
-    return work.complete({
-        "documents": sum(cell.documents for cell in record.joint.values()), "tokens": sum(cell.tokens for cell in record.joint.values()),
-        "checkpoints": [point.step for point in job.points],
-        "validity": {name: entry["spearman"] for name, entry in (validity or {}).get("capabilities", {}).items()},
-    })
+        log.info(
+            "influence %-20s joint %+.4f [%+.4f, %+.4f]  ess %.0f of %d",
+            source,
+            cell.mean,
+            *cell.interval,
+            cell.ess,
+            cell.documents,
+        )
+    return work.complete(
+        {
+            "documents": sum(cell.documents for cell in record.joint.values()),
+            "tokens": sum(cell.tokens for cell in record.joint.values()),
+            "checkpoints": [point.step for point in job.points],
+            "validity": {name: entry["spearman"] for name, entry in (validity or {}).get("capabilities", {}).items()},
+        }
+    )
 
 
 def finish(job: Job, probe: ProbeSet, work: Workspace, validity: dict[str, Any] | None) -> InfluenceRecord:
@@ -73,13 +88,31 @@ def finish(job: Job, probe: ProbeSet, work: Workspace, validity: dict[str, Any] 
             note.pop("weights")
             directions[column(capability, step)] = Direction.model_validate(note)
     covers = ["scored documents"] + (["probe folds"] if config.probe_folds > 1 else [])
-    notes = [] if config.probe_folds > 1 else ["intervals do not cover the choice of probe windows; set probe_folds above 1 for that"]
+    notes = (
+        []
+        if config.probe_folds > 1
+        else ["intervals do not cover the choice of probe windows; set probe_folds above 1 for that"]
+    )
     record = InfluenceRecord(
-        capabilities=list(job.probe), preconditioner=config.preconditioner, eps=eps, fd_epsilon=config.fd_epsilon, score_unit=config.score_unit,
-        checkpoints=[ScoredCheckpoint(step=p.step, tokens=p.tokens, alpha=alpha) for p, alpha in zip(job.points, alphas(steps))],
-        tokens_per_document=config.tokens_per_document, folds=config.probe_folds, probe_sha256=probe.sha256, normalise=config.normalise,
-        confidence=config.confidence, interval_covers=covers, directions=directions,
+        capabilities=list(job.probe),
+        preconditioner=config.preconditioner,
+        eps=eps,
+        fd_epsilon=config.fd_epsilon,
+        score_unit=config.score_unit,
+        checkpoints=[
+            ScoredCheckpoint(step=p.step, tokens=p.tokens, alpha=alpha) for p, alpha in zip(job.points, alphas(steps))
+        ],
+        tokens_per_document=config.tokens_per_document,
+        folds=config.probe_folds,
+        probe_sha256=probe.sha256,
+        normalise=config.normalise,
+        confidence=config.confidence,
+        interval_covers=covers,
+        directions=directions,
         fold_weights={capability: weights[c].tolist() for c, capability in enumerate(job.probe)},
-        sources={source: {} for source in job.chosen}, joint={}, validity=validity, notes=notes,
+        sources={source: {} for source in job.chosen},
+        joint={},
+        validity=validity,
+        notes=notes,
     )
     return summarise(InfluenceTable(work.path, record), config.bootstrap, job.seed)

@@ -1,7 +1,7 @@
 """Scoring: checkpoint by checkpoint, partition by partition; what is finished is never computed again.
 
-Under torchrun every process holds the whole model and computes all directions; the partitions are shared among the processes
-and the receipt is rank 0's.
+Under torchrun every process holds the whole model and computes all directions; the partitions are shared among the
+processes and the receipt is rank 0's.
 """
 
 from __future__ import annotations
@@ -61,8 +61,14 @@ def _missing(job: Job, point: CheckpointInfo) -> tuple[list[Partition], bool, bo
 
 
 def _score_checkpoint(
-    job: Job, step: int, engine: FiniteDifference, loaded: access.LoadedCheckpoint, mine: list[Partition], todo: set[Partition],
-    ctx: ParallelContext, advance: Advance,
+    job: Job,
+    step: int,
+    engine: FiniteDifference,
+    loaded: access.LoadedCheckpoint,
+    mine: list[Partition],
+    todo: set[Partition],
+    ctx: ParallelContext,
+    advance: Advance,
 ) -> None:
     """Directions of every capability at one checkpoint, then those of this process' partitions that are in `todo`."""
     lines = _directions(job, step, engine, loaded, ctx, advance)
@@ -77,7 +83,12 @@ def _score_checkpoint(
 
 
 def _directions(
-    job: Job, step: int, engine: FiniteDifference, loaded: access.LoadedCheckpoint, ctx: ParallelContext, advance: Advance
+    job: Job,
+    step: int,
+    engine: FiniteDifference,
+    loaded: access.LoadedCheckpoint,
+    ctx: ParallelContext,
+    advance: Advance,
 ) -> list[Direction]:
     """P G of every capability and probe fold, capability by capability; noted in the directions file."""
     config = job.config
@@ -86,7 +97,14 @@ def _directions(
     check = batches(job.check_rows(), job.tokens, ctx.device)
     for capability, rows in job.probe.items():
         found = probe_gradients(
-            loaded.losses, loaded.parameters, rows, config.probe_folds, config.probe_weighting, job.tokens, ctx.device, advance
+            loaded.losses,
+            loaded.parameters,
+            rows,
+            config.probe_folds,
+            config.probe_weighting,
+            job.tokens,
+            ctx.device,
+            advance,
         )
         along = [loaded.preconditioner(part.gradient) for part in found]
         truncation = max(engine.truncation(line, check, advance) for line in along) if check else None
@@ -94,8 +112,11 @@ def _directions(
         lines += along
         if truncation is not None and truncation > TRUNCATION_WARNING:
             log.warning(
-                "influence %s at step %d: curvature makes the finite differences wrong by about %.1f %%; lower fd_epsilon or raise eps",
-                capability, step, 100 * truncation,
+                "influence %s at step %d: curvature makes the finite differences wrong by about %.1f %%; lower "
+                "fd_epsilon or raise eps",
+                capability,
+                step,
+                100 * truncation,
             )
     if ctx.is_main:
         io.atomic_write_json(job.directions_file(step), notes)
@@ -103,7 +124,11 @@ def _directions(
 
 
 def _describe(
-    engine: FiniteDifference, found: list[ProbeGradient], along: list[Direction], truncation: float | None, eps: float | None
+    engine: FiniteDifference,
+    found: list[ProbeGradient],
+    along: list[Direction],
+    truncation: float | None,
+    eps: float | None,
 ) -> dict[str, Any]:
     """What is worth knowing of a capability's direction: of the whole probe, folds joined."""
     gradient = {name: sum(part.weight * part.gradient[name] for part in found) for name in found[0].gradient}
@@ -121,10 +146,26 @@ def _describe(
     }
 
 
-def _take_receipt(job: Job, step: int, engine: FiniteDifference, loaded: access.LoadedCheckpoint, ctx: ParallelContext, advance: Advance) -> None:
+def _take_receipt(
+    job: Job,
+    step: int,
+    engine: FiniteDifference,
+    loaded: access.LoadedCheckpoint,
+    ctx: ParallelContext,
+    advance: Advance,
+) -> None:
     found = receipt(
-        job.config.validity, engine, loaded.trainer, job.chosen, totals_at(job, step), job.probe, job.config.probe_weighting,
-        job.tokens, ctx.device, job.seed, advance,
+        job.config.validity,
+        engine,
+        loaded.trainer,
+        job.chosen,
+        totals_at(job, step),
+        job.probe,
+        job.config.probe_weighting,
+        job.tokens,
+        ctx.device,
+        job.seed,
+        advance,
     )
     io.atomic_write_json(job.receipt_file, {"checkpoint": step, "optimizer": job.config.preconditioner, **found})
 

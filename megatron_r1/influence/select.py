@@ -20,7 +20,8 @@ def evenly(checkpoints: Sequence[T], count: int) -> list[T]:
     """`count` evenly spaced checkpoints, the last one included. Raises ConfigError when there are fewer."""
     if count > len(checkpoints):
         raise ConfigError(
-            expected=f"at least {count} trained checkpoints", found=f"{len(checkpoints)}",
+            expected=f"at least {count} trained checkpoints",
+            found=f"{len(checkpoints)}",
             fix="lower influence's `checkpoints`, or let the train step save more often",
         )
     return [checkpoints[round((i + 1) * len(checkpoints) / count) - 1] for i in range(count)]
@@ -48,18 +49,22 @@ class Chosen:
 
 
 def windows(tokens: np.ndarray, size: int) -> list[np.ndarray]:
-    """Cut a document so that every token but the first is predicted once, in rows of at most `size` predicted tokens."""
+    """Cut a document so that every token but the first is predicted once, at most `size` in a row."""
     return [tokens[first : first + size + 1] for first in range(0, len(tokens) - 1, size)]
 
 
 def choose(config: InfluenceConfig, source: str, shard: Any) -> Chosen:
-    """Draw documents of a training split in keyed order: asking for more later keeps those drawn now. Raises DataError when none is long enough."""
+    """Draw documents of a training split in keyed order: asking for more later keeps those drawn now.
+
+    Raises DataError when none is long enough.
+    """
     order = generator(config.seed or 0, "influence documents", source).permutation(len(shard))
     places = generator(config.seed or 0, "influence windows", source).random(len(shard))
     fits = np.asarray(shard.lengths)[order] >= config.min_tokens if len(shard) else np.zeros(0, bool)
     if not fits.any():
         raise DataError(
-            expected=f"training documents of {source!r} with at least {config.min_tokens} tokens", found=f"none among {len(shard)}",
+            expected=f"training documents of {source!r} with at least {config.min_tokens} tokens",
+            found=f"none among {len(shard)}",
             fix="leave the source out of influence's `sources`, or lower min_tokens",
         )
     index, places = order[fits][: config.documents], places[fits][: config.documents]
@@ -74,5 +79,14 @@ def choose(config: InfluenceConfig, source: str, shard: Any) -> Chosen:
         start = int(place * (max(len(tokens) - (size + 1), 0) + 1)) if config.window == "random" else 0
         starts.append(start)
         rows.append(Row(unit, tokens[start : start + size + 1]))
-    n_tokens = np.bincount([row.unit for row in rows], weights=[row.targets for row in rows], minlength=len(index)).astype(np.int64)
-    return Chosen(source, index.astype(np.int64), np.array(starts, np.int64), [shard.ids[i] for i in index.tolist()], rows, n_tokens)
+    n_tokens = np.bincount(
+        [row.unit for row in rows], weights=[row.targets for row in rows], minlength=len(index)
+    ).astype(np.int64)
+    return Chosen(
+        source,
+        index.astype(np.int64),
+        np.array(starts, np.int64),
+        [shard.ids[i] for i in index.tolist()],
+        rows,
+        n_tokens,
+    )

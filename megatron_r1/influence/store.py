@@ -1,7 +1,8 @@
 """Scores on disk: whole partitions while the stage works, one table per source when it is done.
 
-A partition is written under a temporary name and renamed, so after a kill it is whole or absent; a partition that is there is
-never computed again. The final tables are a pure function of the partitions, hence equal bytes after any interruption.
+A partition is written under a temporary name and renamed, so after a kill it is whole or absent; a partition that is
+there is never computed again. The final tables are a pure function of the partitions, hence equal bytes after any
+interruption.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ class ScoreStore:
         return self.folder / str(step) / f"{source}.{part:05d}.npy"
 
     def load(self, step: int, source: str, part: int, shape: tuple[int, int]) -> np.ndarray | None:
-        """A finished partition, float64 [n, K], or None. One of another shape (never written by this release) counts as absent."""
+        """A finished partition, float64 [n, K], or None.
+
+        One of another shape (never written by this release) counts as absent.
+        """
         path = self._path(step, source, part)
         if not path.exists():
             return None
@@ -51,15 +55,25 @@ def parts(documents: int, size: int) -> list[tuple[int, int]]:
     return [(first, min(first + size, documents)) for first in range(0, documents, size)]
 
 
-def write_table(path: Path, chosen: Chosen, capabilities: Sequence[str], steps: Sequence[int], fold_weights: np.ndarray, scores: np.ndarray) -> None:
+def write_table(
+    path: Path,
+    chosen: Chosen,
+    capabilities: Sequence[str],
+    steps: Sequence[int],
+    fold_weights: np.ndarray,
+    scores: np.ndarray,
+) -> None:
     """Write `scores/<source>.parquet`.
 
-    scores: float64 [T, n, C, F], the derivative along each probe fold; fold_weights: [C, F], rows summing to 1. The column of a
-    capability and checkpoint is the weighted sum over folds, which is the derivative along the whole probe's direction.
+    scores: float64 [T, n, C, F], the derivative along each probe fold; fold_weights: [C, F], rows summing to 1. The
+    column of a capability and checkpoint is the weighted sum over folds, which is the derivative along the whole
+    probe's direction.
     """
     columns: dict[str, arrow.Array] = {
-        "index": arrow.array(chosen.index, arrow.int64()), "id": arrow.array(chosen.ids, arrow.string()),
-        "start": arrow.array(chosen.start, arrow.int64()), "n_tokens": arrow.array(chosen.n_tokens, arrow.int64()),
+        "index": arrow.array(chosen.index, arrow.int64()),
+        "id": arrow.array(chosen.ids, arrow.string()),
+        "start": arrow.array(chosen.start, arrow.int64()),
+        "n_tokens": arrow.array(chosen.n_tokens, arrow.int64()),
     }
     folds = scores.shape[-1]
     for c, capability in enumerate(capabilities):
@@ -67,7 +81,9 @@ def write_table(path: Path, chosen: Chosen, capabilities: Sequence[str], steps: 
             columns[column(capability, step)] = arrow.array(scores[t, :, c] @ fold_weights[c], arrow.float64())
             if folds > 1:
                 for f in range(folds):
-                    columns[column(capability, step, f)] = arrow.array(np.ascontiguousarray(scores[t, :, c, f]), arrow.float64())
+                    columns[column(capability, step, f)] = arrow.array(
+                        np.ascontiguousarray(scores[t, :, c, f]), arrow.float64()
+                    )
     buffer = memory.BytesIO()
     parquet.write_table(arrow.table(columns), buffer, compression="zstd", store_schema=False)
     io.atomic_write_bytes(path, buffer.getvalue())

@@ -1,7 +1,8 @@
-"""The receipt: take real steps on a few random batches and see whether the scores foretold the change of the probe loss.
+"""The receipt: take real steps on a few random batches and see whether the scores foretold what they do.
 
-Each step moves the weights along -P g_batch with the *trainer's* P (its second moment and eps, no momentum), by the same
-relative length, and the probe loss is measured before and after. Predicted drop = eta * (scores of the batch / its tokens).
+Each step moves the weights along -P g_batch with the *trainer's* P (its second moment and eps, no momentum), by the
+same relative length, and the probe loss is measured before and after. Predicted drop = eta * (scores of the batch / its
+tokens).
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ Batch = list[tuple[str, int]]
 
 
 def draw_batches(config: ValidityConfig, chosen: Mapping[str, Chosen], seed: int) -> list[Batch]:
-    """Random batches of scored documents. Each draws its own mix of sources (Dirichlet 0.3), so that batches differ in what they teach."""
+    """Random batches of scored documents.
+
+    Each draws its own mix of sources (Dirichlet 0.3), so that batches differ in what they teach.
+    """
     names = sorted(chosen)
     drawn = []
     for number in range(config.batches):
@@ -45,26 +49,50 @@ def draw_batches(config: ValidityConfig, chosen: Mapping[str, Chosen], seed: int
 def batch_rows(batch: Batch, chosen: Mapping[str, Chosen]) -> list[Row]:
     """The rows of a batch's documents."""
     picked = set(batch)
-    return [row for source in sorted({source for source, _ in batch}) for row in chosen[source].rows if (source, row.unit) in picked]
+    return [
+        row
+        for source in sorted({source for source, _ in batch})
+        for row in chosen[source].rows
+        if (source, row.unit) in picked
+    ]
 
 
-def cost(config: ValidityConfig, chosen: Mapping[str, Chosen], probe: Mapping[str, Sequence[Row]], seed: int, batch_tokens: int) -> int:
+def cost(
+    config: ValidityConfig,
+    chosen: Mapping[str, Chosen],
+    probe: Mapping[str, Sequence[Row]],
+    seed: int,
+    batch_tokens: int,
+) -> int:
     """Token-forwards the receipt takes (a backward counts as two)."""
     look = sum(padded_tokens(rows, batch_tokens) for rows in probe.values())
     drawn = draw_batches(config, chosen, seed)
-    return sum(3 * padded_tokens(batch_rows(batch, chosen), batch_tokens) + look for batch in drawn) + (look if drawn else 0)
+    return sum(3 * padded_tokens(batch_rows(batch, chosen), batch_tokens) + look for batch in drawn) + (
+        look if drawn else 0
+    )
 
 
 def receipt(
-    config: ValidityConfig, engine: FiniteDifference, trainer: Preconditioner, chosen: Mapping[str, Chosen], scores: Mapping[str, np.ndarray],
-    probe: Mapping[str, Sequence[Row]], weighting: str, batch_tokens: int, device: torch.device, seed: int,
+    config: ValidityConfig,
+    engine: FiniteDifference,
+    trainer: Preconditioner,
+    chosen: Mapping[str, Chosen],
+    scores: Mapping[str, np.ndarray],
+    probe: Mapping[str, Sequence[Row]],
+    weighting: str,
+    batch_tokens: int,
+    device: torch.device,
+    seed: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Predicted and real drop of every capability's probe loss after each step, and their rank correlation.
 
     scores: source -> float64 [n, C] raw scores at this checkpoint, capabilities in the order of `probe`.
     """
-    looks = {name: (batches(rows, batch_tokens, device), np.array(row_weights(rows, weighting))) for name, rows in probe.items()}
+    looks = {
+        name: (batches(rows, batch_tokens, device), np.array(row_weights(rows, weighting)))
+        for name, rows in probe.items()
+    }
 
     def probe_losses() -> np.ndarray:
         return np.array([float(engine.row_losses(found, advance) @ weights) for found, weights in looks.values()])
@@ -74,7 +102,9 @@ def receipt(
     for batch in draw_batches(config, chosen, seed):
         rows = batch_rows(batch, chosen)
         taught = sum(row.targets for row in rows)
-        found, _ = gradient(engine.losses, engine.parameters, rows, [1.0 / taught] * len(rows), batch_tokens, device, advance)
+        found, _ = gradient(
+            engine.losses, engine.parameters, rows, [1.0 / taught] * len(rows), batch_tokens, device, advance
+        )
         direction = trainer(found)
         eta = config.step * engine.weight_norm / norm(direction)
         with engine.moved(direction, -eta):
@@ -82,11 +112,15 @@ def receipt(
         predicted.append(eta * sum(scores[source][place] for source, place in batch) / taught)
     predicted_cb, measured_cb = np.array(predicted).T, np.array(measured).T  # [C, batches]
     return {
-        "batches": config.batches, "documents_per_batch": config.documents, "relative_step": config.step,
+        "batches": config.batches,
+        "documents_per_batch": config.documents,
+        "relative_step": config.step,
         "capabilities": {
             name: {
-                "spearman": spearman(p, m), "sign_agreement": float((np.sign(p) == np.sign(m)).mean()),
-                "predicted": p.tolist(), "measured": m.tolist(),
+                "spearman": spearman(p, m),
+                "sign_agreement": float((np.sign(p) == np.sign(m)).mean()),
+                "predicted": p.tolist(),
+                "measured": m.tolist(),
             }
             for name, p, m in zip(probe, predicted_cb, measured_cb)
         },

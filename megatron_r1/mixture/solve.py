@@ -27,21 +27,26 @@ class Solution:
 
 
 def benefit_per_token(table: InfluenceTable, source: str, normalise: str) -> np.ndarray:
-    """rho of one source for every capability, [C]: sum of the benefit over its scored documents / their predicted tokens.
+    """rho of one source for every capability, [C]: benefit of its scored documents / their predicted tokens.
 
-    Eq. 6 is rho_g = (1/N_g) sum_i I_joint(x_i) s_i, I of a document's *mean* token loss and s_i its length. With I of the
-    summed loss (what tables hold) s_i cancels. N_g counts the scored documents only, else large corpora would vanish.
+    Eq. 6 is rho_g = (1/N_g) sum_i I_joint(x_i) s_i, I of a document's *mean* token loss and s_i its length. With I of
+    the summed loss (what tables hold) s_i cancels. N_g counts the scored documents only, else large corpora would
+    vanish.
     """
     sums = table.benefits(source, normalise).sum(axis=0)  # type: ignore[arg-type]
     return sums / table.scores(source).n_tokens.sum()
 
 
 def solve(config: MixtureConfig, table: InfluenceTable, tokens: Mapping[str, int], seed: int) -> Solution:
-    """Weights of the sources in `tokens` (source -> training tokens). The joint rho is the plain mean over capabilities (Eq. 5)."""
+    """Weights of the sources in `tokens` (source -> training tokens).
+
+    The joint rho is the plain mean over capabilities (Eq. 5).
+    """
     absent = sorted(set(tokens) - set(table.sources))
     if absent:
         raise ArtifactError(
-            expected="influence scores for every source of the mixture", found=f"none for {', '.join(absent)}",
+            expected="influence scores for every source of the mixture",
+            found=f"none for {', '.join(absent)}",
             fix="score these sources, or list the others under the mixture's `sources`",
         )
     per_capability = {name: benefit_per_token(table, name, config.normalise) for name in tokens}
@@ -50,18 +55,28 @@ def solve(config: MixtureConfig, table: InfluenceTable, tokens: Mapping[str, int
     rho_intervals = {name: interval(values, config.confidence) for name, values in draws.items()}
     clipped = [name for name in tokens if rho[name] <= 0]
     harmful = [name for name in clipped if rho_intervals[name][1] < 0]
-    bounds = Bounds.of(tokens, config.floor, set(harmful) if config.harmful == "zero" else set(), config.budget, config.max_epochs)
+    bounds = Bounds.of(
+        tokens, config.floor, set(harmful) if config.harmful == "zero" else set(), config.budget, config.max_epochs
+    )
     weights = share({name: max(value, 0.0) for name, value in rho.items()}, bounds)
     return Solution(
-        weights, weight_intervals(draws, bounds, config.confidence), rho, rho_intervals,
-        {name: dict(zip(table.record.capabilities, values.tolist())) for name, values in per_capability.items()}, clipped, harmful,
+        weights,
+        weight_intervals(draws, bounds, config.confidence),
+        rho,
+        rho_intervals,
+        {name: dict(zip(table.record.capabilities, values.tolist())) for name, values in per_capability.items()},
+        clipped,
+        harmful,
     )
 
 
-def weight_intervals(draws: Mapping[str, np.ndarray], bounds: Bounds, confidence: float) -> dict[str, tuple[float, float]]:
-    """Intervals of the weights: the rule applied to every bootstrap replicate of rho (draws: source -> [R]), who is harmful held fixed.
+def weight_intervals(
+    draws: Mapping[str, np.ndarray], bounds: Bounds, confidence: float
+) -> dict[str, tuple[float, float]]:
+    """Intervals of the weights: the rule applied to every bootstrap replicate of rho (draws: source -> [R]).
 
-    Replicates in which no weights exist (no source positive, or caps too tight) are left out; with fewer than half left, DataError.
+    Who is harmful is held fixed. Replicates in which no weights exist (no source positive, or caps too tight) are left out; with fewer than half
+    left, DataError.
     """
     names = list(draws)
     stacked = np.maximum(np.stack([draws[name] for name in names], axis=1), 0.0)  # [R, sources]
@@ -73,8 +88,10 @@ def weight_intervals(draws: Mapping[str, np.ndarray], bounds: Bounds, confidence
             continue
     if 2 * len(solved) < len(stacked):
         raise DataError(
-            expected="weights in at least half of the bootstrap replicates", found=f"in {len(solved)} of {len(stacked)}",
-            fix="the benefit of every source is within noise of 0: score more documents, or use method natural or uniform",
+            expected="weights in at least half of the bootstrap replicates",
+            found=f"in {len(solved)} of {len(stacked)}",
+            fix="the benefit of every source is within noise of 0: score more documents, or use method natural or "
+            "uniform",
         )
     columns = np.array(solved)
     return {name: interval(columns[:, k], confidence) for k, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""From benefit per token to shares of the token budget: Eq. 6 with the clipping, floor and cap the paper leaves open."""
+"""From benefit per token to shares of the budget: Eq. 6 with the floor and cap the paper leaves open."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_r1.utils.errors import ConfigError, DataError
-
 
 NEGLIGIBLE = 1e-15
 """Bases below this fraction of the largest count as 0."""
@@ -23,18 +22,25 @@ class Bounds:
     high: dict[str, float]
 
     @classmethod
-    def of(cls, tokens: Mapping[str, int], floor: float, zero: set[str], budget: int | None, max_epochs: float | None) -> Bounds:
-        """Floor and cap of every source. A cap below the floor wins: a small source cannot be asked for more than it holds.
+    def of(
+        cls, tokens: Mapping[str, int], floor: float, zero: set[str], budget: int | None, max_epochs: float | None
+    ) -> Bounds:
+        """Floor and cap of every source. A cap below the floor wins: no source can give more than it holds.
 
-        tokens: training tokens of each source; zero: sources that get nothing. Raises ConfigError when the floors exceed 1.
+        tokens: training tokens of each source; zero: sources that get nothing. Raises ConfigError when the floors
+        exceed 1.
         """
-        high = {name: 1.0 if max_epochs is None or budget is None else min(max_epochs * count / budget, 1.0) for name, count in tokens.items()}
+        high = {
+            name: 1.0 if max_epochs is None or budget is None else min(max_epochs * count / budget, 1.0)
+            for name, count in tokens.items()
+        }
         low = {name: min(floor, high[name]) for name in tokens}
         for name in zero:
             low[name] = high[name] = 0.0
         if math.fsum(low.values()) > 1:
             raise ConfigError(
-                expected="floors that sum to at most 1", found=f"{floor:g} for each of {len(tokens) - len(zero)} sources",
+                expected="floors that sum to at most 1",
+                found=f"{floor:g} for each of {len(tokens) - len(zero)} sources",
                 fix=f"lower `floor` to at most {1 / max(len(tokens) - len(zero), 1):.4g}",
             )
         return cls(low, high)
@@ -43,15 +49,17 @@ class Bounds:
 def share(base: Mapping[str, float], bounds: Bounds) -> dict[str, float]:
     """Shares clip(lambda * base, low, high) with the lambda that makes them sum to 1.
 
-    Without active bounds this is base / sum(base). Where a bound binds, what is taken or given is shared by the others in
-    proportion to their base. Raises ConfigError naming the binding sources when the caps leave too little room, DataError
-    when no base is positive or one is not a number.
+    Without active bounds this is base / sum(base). Where a bound binds, what is taken or given is shared by the others
+    in proportion to their base. Raises ConfigError naming the binding sources when the caps leave too little room,
+    DataError when no base is positive or one is not a number.
     """
     names = list(base)
     values = np.array([base[name] for name in names], np.float64)
     if not np.isfinite(values).all() or (values < 0).any():
         bad = {name: base[name] for name in names if not (math.isfinite(base[name]) and base[name] >= 0)}
-        raise DataError(expected="finite, non-negative numbers to share by", found=f"{bad}", fix="make the influence artifact again")
+        raise DataError(
+            expected="finite, non-negative numbers to share by", found=f"{bad}", fix="make the influence artifact again"
+        )
     if values.max() > 0:
         values = values / values.max()
         values[values < NEGLIGIBLE] = 0.0
@@ -61,14 +69,17 @@ def share(base: Mapping[str, float], bounds: Bounds) -> dict[str, float]:
     grows = wanted & (high > low)
     if not wanted.any() and not math.isclose(float(low.sum()), 1.0, abs_tol=1e-12):
         raise DataError(
-            expected="at least one source with a positive benefit per token", found="none above 0",
-            fix="the model gains nothing more from these sources: stop here, change the sources, or use method natural or uniform",
+            expected="at least one source with a positive benefit per token",
+            found="none above 0",
+            fix="the model gains nothing more from these sources: stop here, change the sources, or use method "
+            "natural or uniform",
         )
     room = float(np.where(grows, high, low).sum())
     if room < 1 - 1e-12:
         binding = sorted((name for name, can in zip(names, wanted) if can), key=lambda name: bounds.high[name])
         raise ConfigError(
-            expected="caps that leave room for the whole budget", found=f"room for {100 * room:.1f} % of it; binding: "
+            expected="caps that leave room for the whole budget",
+            found=f"room for {100 * room:.1f} % of it; binding: "
             + ", ".join(f"{name} (at most {100 * bounds.high[name]:.2f} %)" for name in binding),
             fix="raise max_epochs, lower the budget, or add data to the binding sources",
         )
@@ -78,7 +89,7 @@ def share(base: Mapping[str, float], bounds: Bounds) -> dict[str, float]:
 
 
 def _scale(values: np.ndarray, low: np.ndarray, high: np.ndarray, grows: np.ndarray) -> float:
-    """lambda: the sum of clip(lambda v, low, high) is piecewise linear and increasing, so find the piece that holds 1 and solve."""
+    """lambda. The sum of clip(lambda v, low, high) is piecewise linear: find the piece that holds 1 and solve."""
     edges = np.unique(np.concatenate([low[grows] / values[grows], high[grows] / values[grows]]))
     total = np.array([np.clip(edge * values, low, high).sum() for edge in edges])
     k = int(np.searchsorted(total, 1.0))

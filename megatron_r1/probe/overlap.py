@@ -1,6 +1,7 @@
 """Token n-grams as 64-bit numbers: duplicates, near duplicates and overlap with other documents.
 
-n-grams are over tokens, not words: shards hold tokens only, and 13 tokens are fewer than 13 words, so the test is stricter.
+n-grams are over tokens, not words: shards hold tokens only, and 13 tokens are fewer than 13 words, so the test is
+stricter.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def sketch(tokens: np.ndarray) -> np.ndarray:
 
 
 class NearDuplicates:
-    """Remembers kept windows and tells whether another one is nearly the same (estimated Jaccard similarity of 5-grams)."""
+    """Remembers kept windows and tells whether another is nearly the same (estimated Jaccard of 5-grams)."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
@@ -77,7 +78,10 @@ class OverlapIndex:
         return (hashes >> np.uint64(64 - FILTER_BITS)).astype(np.int64)
 
     def stream(self, tokens: np.ndarray) -> None:
-        """Look at one stretch of the body, int [t]. n-grams across two stretches are not seen: overlap them by n - 1."""
+        """Look at one stretch of the body, int [t].
+
+        n-grams across two stretches are not seen: overlap them by n - 1.
+        """
         hashes = ngram_hashes(tokens, self.n)
         hashes = hashes[self._filter[self._slots(hashes)]]
         if not len(hashes) or not len(self._all):
@@ -95,7 +99,7 @@ class OverlapIndex:
 
 
 def stretches(shard: Any, n: int, size: int = 1 << 20) -> Iterator[np.ndarray]:
-    """All tokens of a shard in stretches of about `size`, each reaching n - 1 tokens into the next so that no n-gram is missed.
+    """All tokens of a shard in stretches of about `size`, overlapping by n - 1 so that no n-gram is missed.
 
     n-grams across two documents hold an end-of-text token inside, so no window's n-gram equals them.
     """

@@ -37,13 +37,18 @@ def run(config: ProbeConfig, inputs: Mapping[str, Any], work: Workspace) -> Arti
     capabilities = {name: _compose(config, name, present[name], sieves) for name in config.capabilities}
     checks = _check_disjoint(shards, capabilities)
     probe = ProbeSet(
-        capabilities=capabilities, shards=inputs["shards"].fingerprint, tokenizer=shards.tokenizer.sha256,
-        tokens_per_document=config.tokens_per_document, checks=checks,
+        capabilities=capabilities,
+        shards=inputs["shards"].fingerprint,
+        tokenizer=shards.tokenizer.sha256,
+        tokens_per_document=config.tokens_per_document,
+        checks=checks,
     ).sealed(shards)
     probe.save(work.path / PROBE_FILE)
     summary = {
         "documents": {name: len(found.documents) for name, found in capabilities.items()},
-        "tokens": {name: sum(document.n_tokens - 1 for document in found.documents) for name, found in capabilities.items()},
+        "tokens": {
+            name: sum(document.n_tokens - 1 for document in found.documents) for name, found in capabilities.items()
+        },
         "sha256": probe.sha256,
     }
     return work.complete(summary)
@@ -60,14 +65,15 @@ def _present(config: ProbeConfig, shards: ShardSet) -> dict[str, dict[str, float
         if not present[name]:
             raise ConfigError(
                 expected=f"at least one source of capability {name!r} among the shards",
-                found=f"none of {', '.join(sorted(capability.sources))}; the shards hold {', '.join(sorted(shards.sources))}",
+                found=f"none of {', '.join(sorted(capability.sources))}; "
+                f"the shards hold {', '.join(sorted(shards.sources))}",
                 fix=f"name sources the corpus step makes under capabilities.{name}.sources",
             )
     return present
 
 
 def sift(config: ProbeConfig, shards: ShardSet, sources: list[str]) -> dict[str, SourceSieve]:
-    """Apply every rule to every source, in the order draw, length, duplicates, overlap with training, with held-out documents."""
+    """Apply every rule to every source: draw, length, duplicates, overlap with training, with held-out documents."""
     sieves = [draw(config, source, shards.split(source, SPLIT)) for source in sources]
     drop_duplicates(config, sieves)
     for name, splits in (("overlap with training", ("train",)), ("overlap with held-out", HELD_OUT)):
@@ -84,20 +90,22 @@ def _body(shards: ShardSet, splits: tuple[str, ...], n: int) -> Iterator[np.ndar
 
 
 def allocate(total: int, shares: Mapping[str, float]) -> dict[str, int]:
-    """Split `total` documents by `shares`, largest remainders first; every source gets at least one when there are enough."""
+    """Split `total` documents by `shares`, largest remainders first; each gets one at least when there are enough."""
     whole = sum(shares.values())
     exact = {name: total * share / whole for name, share in shares.items()}
     counts = {name: int(value) for name, value in exact.items()}
     by_rest = sorted(shares, key=lambda name: (counts[name] - exact[name], name))
     for name in by_rest[: total - sum(counts.values())]:
         counts[name] += 1
-    for name in [name for name, count in counts.items() if count == 0][: max(total - len(shares), 0)]:
+    for name in [name for name, count in counts.items() if count == 0 and total >= len(shares)]:
         counts[max(counts, key=lambda other: (counts[other], other))] -= 1
         counts[name] = 1
     return counts
 
 
-def _compose(config: ProbeConfig, name: str, shares: Mapping[str, float], sieves: Mapping[str, SourceSieve]) -> CapabilityProbe:
+def _compose(
+    config: ProbeConfig, name: str, shares: Mapping[str, float], sieves: Mapping[str, SourceSieve]
+) -> CapabilityProbe:
     documents, short, records = [], {}, []
     for source, count in allocate(config.documents, shares).items():
         survivors = sieves[source].left
@@ -106,7 +114,8 @@ def _compose(config: ProbeConfig, name: str, shares: Mapping[str, float], sieves
             log.warning("probe %s: %s has %d usable windows, %d were asked for", name, source, len(survivors), count)
         records += sieves[source].records
         documents += [
-            ProbeDocument(source=source, split=SPLIT, index=c.index, id=c.id, start=c.start, n_tokens=len(c.tokens)) for c in survivors[:count]
+            ProbeDocument(source=source, split=SPLIT, index=c.index, id=c.id, start=c.start, n_tokens=len(c.tokens))
+            for c in survivors[:count]
         ]
     log.info("probe %s: %d windows from %s", name, len(documents), ", ".join(shares))
     missing = sorted(set(config.capabilities[name].sources) - set(shares))
@@ -124,7 +133,8 @@ def _check_disjoint(shards: ShardSet, capabilities: Mapping[str, CapabilityProbe
     if found:
         source, ids = next(iter(found.items()))
         raise DataError(
-            expected="probe documents that are not in the training split", found=f"{len(ids)} of {source!r} are in both, such as {ids[0]!r}",
+            expected="probe documents that are not in the training split",
+            found=f"{len(ids)} of {source!r} are in both, such as {ids[0]!r}",
             fix="make the shards again: document ids must be unique within a source",
         )
     return {"document ids also in training": 0}

@@ -64,7 +64,12 @@ def draw(config: ProbeConfig, source: str, shard: Any) -> SourceSieve:
     lengths = np.asarray(shard.lengths)[chosen]
     upper = np.inf if rules.max_tokens is None else rules.max_tokens
     fits = (lengths >= rules.min_tokens) & (lengths <= upper)
-    sieve.record("length", len(chosen), int(fits.sum()), f"lower rules.min_tokens ({rules.min_tokens}) or raise rules.max_tokens ({rules.max_tokens})")
+    sieve.record(
+        "length",
+        len(chosen),
+        int(fits.sum()),
+        f"lower rules.min_tokens ({rules.min_tokens}) or raise rules.max_tokens ({rules.max_tokens})",
+    )
     ids = shard.ids
     for index, place in zip(chosen[fits].tolist(), places[: len(chosen)][fits].tolist()):
         tokens = np.asarray(shard.tokens(index))
@@ -89,11 +94,19 @@ def drop_duplicates(config: ProbeConfig, sieves: list[SourceSieve]) -> None:
 
     for sieve in sieves:
         sieve.keep("exact duplicates", unseen, "check the corpus step's de-duplication")
-        sieve.keep("near duplicates", lambda candidate: not near.seen(candidate.tokens), f"raise rules.near_duplicate ({threshold:g})")
+        sieve.keep(
+            "near duplicates",
+            lambda candidate: not near.seen(candidate.tokens),
+            f"raise rules.near_duplicate ({threshold:g})",
+        )
 
 
 def drop_overlap(
-    config: ProbeConfig, sieves: list[SourceSieve], name: str, body: Iterator[np.ndarray], advance: Callable[[int], None]
+    config: ProbeConfig,
+    sieves: list[SourceSieve],
+    name: str,
+    body: Iterator[np.ndarray],
+    advance: Callable[[int], None],
 ) -> None:
     """Windows that share too many n-grams with a body of documents, streamed once for all sources."""
     rules = config.rules
@@ -104,4 +117,8 @@ def drop_overlap(
         advance(len(stretch))
     shares = {id(candidate): share for candidate, share in zip(every, index.shares())}
     for sieve in sieves:
-        sieve.keep(name, lambda candidate: shares[id(candidate)] <= rules.max_overlap, f"raise rules.max_overlap ({rules.max_overlap:g})")
+        sieve.keep(
+            name,
+            lambda candidate: shares[id(candidate)] <= rules.max_overlap,
+            f"raise rules.max_overlap ({rules.max_overlap:g})",
+        )

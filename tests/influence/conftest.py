@@ -9,9 +9,9 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "probe")]
 
-import small_world
+import small_world  # noqa: E402
 
-from megatron_r1.artifacts.base import Artifact
+from megatron_r1.artifacts.base import Artifact  # noqa: E402
 
 
 @pytest.fixture(scope="session")

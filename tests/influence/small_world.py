@@ -57,17 +57,24 @@ def small_shards(folder: Path) -> Artifact:
 
 def small_probe(folder: Path, shards: Artifact) -> Artifact:
     """A probe set for each of two languages."""
-    config = ProbeConfig.model_validate({
-        "inputs": {"shards": "corpus"}, "documents": 16, "tokens_per_document": TOKENS, "seed": 1,
-        "capabilities": {"left": {"sources": {"left": 1}}, "right": {"sources": {"right": 1}}},
-        # 64 tokens with 4 successors each: documents of one language share many n-grams, so only equal windows are duplicates.
-        "rules": {"min_tokens": 30, "near_duplicate": 1.0, "max_overlap": 1.0},
-    })
+    config = ProbeConfig.model_validate(
+        {
+            "inputs": {"shards": "corpus"},
+            "documents": 16,
+            "tokens_per_document": TOKENS,
+            "seed": 1,
+            "capabilities": {"left": {"sources": {"left": 1}}, "right": {"sources": {"right": 1}}},
+            # Documents of so small a language share many n-grams: only equal windows are duplicates here.
+            "rules": {"min_tokens": 30, "near_duplicate": 1.0, "max_overlap": 1.0},
+        }
+    )
     parents = {"shards": shards}
     return run_probe(config, parents, open_workspace(folder, "probe", "probe", config, parents))
 
 
-def small_checkpoint(folder: Path, shards: Artifact, steps: int = 240, keep: tuple[int, ...] = (160, 240), rows: int = 16) -> Artifact:
+def small_checkpoint(
+    folder: Path, shards: Artifact, steps: int = 240, keep: tuple[int, ...] = (160, 240), rows: int = 16
+) -> Artifact:
     """A nano model trained for `steps` steps on all sources but the shuffled one, checkpoints kept at `keep`."""
     layout = LayoutConfig()
     ctx = initialize(layout, 0)
@@ -76,7 +83,11 @@ def small_checkpoint(folder: Path, shards: Artifact, steps: int = 240, keep: tup
         chunks, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=1.0, layout=layout, precision="fp32"
     )
     opened = ShardSet.open(shards)
-    pool = [np.array(opened.split(s).tokens(i)) for s in ("left", "right", "twin_a", "twin_b") for i in range(len(opened.split(s)))]
+    pool = [
+        np.array(opened.split(s).tokens(i))
+        for s in ("left", "right", "twin_a", "twin_b")
+        for i in range(len(opened.split(s)))
+    ]
     draw = np.random.default_rng(0)
     work = open_workspace(folder, "pretrain", "checkpoint", {"steps": steps}, {"shards": shards})
 
@@ -96,21 +107,45 @@ def small_checkpoint(folder: Path, shards: Artifact, steps: int = 240, keep: tup
             store.save(work.path / path, chunks, optimizer, {"step": number}, ctx)
             kept.append({"step": number, "tokens": number * rows * TOKENS, "path": path})
     atomic_write_json(work.path / "model.json", PRESETS["nano"].plain())
-    atomic_write_json(work.path / "train.json", {
-        "objective": "next_token", "checkpoints": kept, "final": len(kept) - 1, "steps": steps, "tokens": steps * rows * TOKENS,
-        "tokens_before": 0, "seq_length": TOKENS, "global_batch": rows * TOKENS, "optimizer": OPTIMIZER, "data_cursors": {}, "data_seed": 0,
-        "shards": shards.fingerprint, "tokenizer": opened.tokenizer.sha256, "sources": {}, "skipped_steps": [], "layout": layout.plain(),
-        "precision": "fp32",
-    })
+    atomic_write_json(
+        work.path / "train.json",
+        {
+            "objective": "next_token",
+            "checkpoints": kept,
+            "final": len(kept) - 1,
+            "steps": steps,
+            "tokens": steps * rows * TOKENS,
+            "tokens_before": 0,
+            "seq_length": TOKENS,
+            "global_batch": rows * TOKENS,
+            "optimizer": OPTIMIZER,
+            "data_cursors": {},
+            "data_seed": 0,
+            "shards": shards.fingerprint,
+            "tokenizer": opened.tokenizer.sha256,
+            "sources": {},
+            "skipped_steps": [],
+            "layout": layout.plain(),
+            "precision": "fp32",
+        },
+    )
     return work.complete({})
 
 
 def influence_config(**changes: object) -> InfluenceConfig:
     """Small, but with every part switched on."""
-    return InfluenceConfig.model_validate({
-        "inputs": {"shards": "corpus", "probe": "probe", "checkpoint": "pretrain"}, "documents": 40, "tokens_per_document": TOKENS,
-        "checkpoints": 2, "batch": "1024 tokens", "partition_documents": 20, "seed": 5, **changes,
-    })
+    return InfluenceConfig.model_validate(
+        {
+            "inputs": {"shards": "corpus", "probe": "probe", "checkpoint": "pretrain"},
+            "documents": 40,
+            "tokens_per_document": TOKENS,
+            "checkpoints": 2,
+            "batch": "1024 tokens",
+            "partition_documents": 20,
+            "seed": 5,
+            **changes,
+        }
+    )
 
 
-assert VOCAB == PRESETS["nano"].vocab_size
+assert PRESETS["nano"].vocab_size == VOCAB

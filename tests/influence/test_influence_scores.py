@@ -60,7 +60,9 @@ def exact_gradient(model: R1Model, rows: list[Row], mean_of_documents: bool) -> 
     """Written out by hand: one backward per row, no batching, no masks."""
     total = {name: torch.zeros_like(p) for name, p in weights_of(model).items()}
     for row in rows:
-        losses = token_losses(model, {"tokens": torch.as_tensor(row.tokens[None, :-1]), "labels": torch.as_tensor(row.tokens[None, 1:])})
+        losses = token_losses(
+            model, {"tokens": torch.as_tensor(row.tokens[None, :-1]), "labels": torch.as_tensor(row.tokens[None, 1:])}
+        )
         loss = losses.double().mean() / len(rows) if mean_of_documents else losses.double().sum()
         for name, part in zip(total, torch.autograd.grad(loss, list(weights_of(model).values()))):
             total[name] += part
@@ -90,13 +92,17 @@ def test_finite_differences_equal_per_sample_autograd(model: R1Model, exact: R1M
     direction = exact_gradient(exact, probe, mean_of_documents=True)
     if preconditioner == "adam":
         correction = 1 - 0.95**20
-        direction = {name: part / ((moment[name].double() / correction).sqrt() + 1e-8) for name, part in direction.items()}
+        direction = {
+            name: part / ((moment[name].double() / correction).sqrt() + 1e-8) for name, part in direction.items()
+        }
     expected = exact_scores(exact, rows, direction)
     assert np.linalg.norm(scores - expected) / np.linalg.norm(expected) <= 1e-3
     assert spearman(scores, expected) >= 0.999
 
 
-@pytest.mark.parametrize("group", ["embedding.word_embeddings", "layernorm", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])
+@pytest.mark.parametrize(
+    "group", ["embedding.word_embeddings", "layernorm", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+)
 def test_every_kind_of_parameter_counts(model: R1Model, exact: R1Model, group: str) -> None:
     """The derivative along one group alone, the tied embedding (input and output use together) included."""
     rows, probe = random_rows(3, 12), random_rows(4, 4)
@@ -142,10 +148,19 @@ def test_weights_come_back_bit_for_bit(model: R1Model) -> None:
     engine = engine_of(model)
     direction = probe_direction(model, random_rows(9, 2), Identity())
     engine.scores(direction, batches(random_rows(10, 4), BATCH, CPU))
-    with pytest.raises(RuntimeError, match="inside"), engine.moved(direction, 0.3):
-        assert not torch.equal(before["decoder.final_layernorm.weight"], model.decoder.final_layernorm.weight)
-        raise RuntimeError("inside")
-    assert all(torch.equal(before[name].view(torch.int32), p.detach().view(torch.int32)) for name, p in model.named_parameters())
+    gain = model.decoder.final_layernorm.weight
+
+    def interrupted() -> None:
+        with engine.moved(direction, 0.3):
+            assert not torch.equal(before["decoder.final_layernorm.weight"], gain)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        interrupted()
+    assert all(
+        torch.equal(before[name].view(torch.int32), p.detach().view(torch.int32))
+        for name, p in model.named_parameters()
+    )
     engine.verify_restored()
 
 
@@ -205,7 +220,10 @@ def test_a_zero_probe_gradient_is_refused(model: R1Model) -> None:
         probe_gradients(flat, weights_of(model), random_rows(0, 3), 1, "documents", BATCH, CPU)
 
 
-@pytest.mark.parametrize(("step", "value", "message"), [(0, 1e-6, "step 0"), (5, -1e-6, "negative"), (5, float("nan"), "negative or not-a-number")])
+@pytest.mark.parametrize(
+    ("step", "value", "message"),
+    [(0, 1e-6, "step 0"), (5, -1e-6, "negative"), (5, float("nan"), "negative or not-a-number")],
+)
 def test_a_damaged_second_moment_is_refused(step: int, value: float, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         Adam({"w": torch.full((2,), value)}, step, 0.95, 1e-8)
@@ -237,6 +255,9 @@ def test_rows_of_one_document_are_summed() -> None:
 
 
 def test_energy_shares_by_hand() -> None:
-    gradient = {"embedding.word_embeddings.weight": torch.tensor([2.0]), "decoder.layers.0.pre_mlp_layernorm.weight": torch.tensor([1.0]),
-                "decoder.layers.0.mlp.linear_fc1.weight": torch.tensor([1.0])}  # fmt: skip
+    gradient = {
+        "embedding.word_embeddings.weight": torch.tensor([2.0]),
+        "decoder.layers.0.pre_mlp_layernorm.weight": torch.tensor([1.0]),
+        "decoder.layers.0.mlp.linear_fc1.weight": torch.tensor([1.0]),
+    }
     assert energy_shares(gradient, gradient) == pytest.approx({"embedding": 4 / 6, "norm": 1 / 6, "ffn": 1 / 6})

@@ -49,7 +49,9 @@ def table(scored: Artifact) -> InfluenceTable:
 
 def test_each_language_helps_itself_most(table: InfluenceTable) -> None:
     for capability in ("left", "right"):
-        others = [cells[capability].interval[1] for source, cells in table.record.sources.items() if source != capability]
+        others = [
+            cells[capability].interval[1] for source, cells in table.record.sources.items() if source != capability
+        ]
         assert table.record.sources[capability][capability].interval[0] > max(others)
 
 
@@ -122,7 +124,9 @@ def test_rows_name_the_documents_they_score(table: InfluenceTable, world: World)
 
 
 @pytest.mark.parametrize("stop_after", [1, 7, 13])
-def test_killed_and_run_again_gives_the_same_bytes(scored: Artifact, world: World, tmp_path: Path, monkeypatch: Any, stop_after: int) -> None:
+def test_killed_and_run_again_gives_the_same_bytes(
+    scored: Artifact, world: World, tmp_path: Path, monkeypatch: Any, stop_after: int
+) -> None:
     """10 partitions per checkpoint: the kill falls in the first, again in the first, and in the second checkpoint."""
 
     class Killed(BaseException):
@@ -164,7 +168,9 @@ def test_a_torn_partition_is_computed_again(scored: Artifact, world: World, tmp_
     assert digests(score(config, world, tmp_path).path) == digests(scored.path)
 
 
-def test_probe_folds_sum_to_the_whole_and_widen_the_intervals(table: InfluenceTable, world: World, tmp_path: Path) -> None:
+def test_probe_folds_sum_to_the_whole_and_widen_the_intervals(
+    table: InfluenceTable, world: World, tmp_path: Path
+) -> None:
     few = {"documents": 10, "checkpoints": 1, "validity": {"batches": 0}, "sources": ["left", "right", "twin_a"]}
     whole = InfluenceTable.open(score(influence_config(**few), world, tmp_path / "whole"))
     split = InfluenceTable.open(score(influence_config(**few, probe_folds=4), world, tmp_path / "split"))
@@ -173,13 +179,24 @@ def test_probe_folds_sum_to_the_whole_and_widen_the_intervals(table: InfluenceTa
         a, b = whole.scores(source), split.scores(source)
         assert b.folds is not None
         assert np.linalg.norm(a.raw - b.raw) / np.linalg.norm(a.raw) < 5e-3
-        assert np.allclose(np.einsum("nctf,cf->nct", b.folds, [split.record.fold_weights[c] for c in split.record.capabilities]), b.raw)
-    width = {name: np.subtract(*t.record.sources["left"]["left"].interval[::-1]) for name, t in (("whole", whole), ("split", split))}
+        assert np.allclose(
+            np.einsum("nctf,cf->nct", b.folds, [split.record.fold_weights[c] for c in split.record.capabilities]), b.raw
+        )
+    width = {
+        name: np.subtract(*t.record.sources["left"]["left"].interval[::-1])
+        for name, t in (("whole", whole), ("split", split))
+    }
     assert width["split"] > width["whole"]
 
 
 def test_whole_documents_sum_their_windows(world: World, tmp_path: Path) -> None:
-    few = {"documents": 6, "checkpoints": 1, "validity": {"batches": 0}, "sources": ["left", "right"], "tokens_per_document": 32}
+    few = {
+        "documents": 6,
+        "checkpoints": 1,
+        "validity": {"batches": 0},
+        "sources": ["left", "right"],
+        "tokens_per_document": 32,
+    }
     found = InfluenceTable.open(score(influence_config(**few, score_unit="document"), world, tmp_path))
     shard = ShardSet.open(world["shards"]).split("left")
     scores = found.scores("left")
@@ -188,7 +205,13 @@ def test_whole_documents_sum_their_windows(world: World, tmp_path: Path) -> None
 
 
 def test_without_preconditioner_no_optimizer_state_is_needed(world: World, tmp_path: Path) -> None:
-    few = {"documents": 6, "checkpoints": 1, "sources": ["left", "shuffled"], "preconditioner": "none", "validity": {"batches": 4}}
+    few = {
+        "documents": 6,
+        "checkpoints": 1,
+        "sources": ["left", "shuffled"],
+        "preconditioner": "none",
+        "validity": {"batches": 4},
+    }
     record = InfluenceTable.open(score(influence_config(**few), world, tmp_path)).record
     assert (record.preconditioner, record.eps) == ("none", None)
     assert record.reliability["joint"] is None
@@ -228,7 +251,11 @@ def test_checkpoints_are_evenly_spaced_and_end_at_the_last() -> None:
     assert evenly([1, 2, 3, 4, 5, 6], 3) == [2, 4, 6]
     assert evenly([1, 2, 3, 4, 5], 2)[-1] == 5
     assert evenly([7], 1) == [7]
-    assert all(len(set(evenly(range(n), k))) == k and evenly(range(n), k)[-1] == n - 1 for n in range(1, 30) for k in range(1, n + 1))
+    assert all(
+        len(set(evenly(range(n), k))) == k and evenly(range(n), k)[-1] == n - 1
+        for n in range(1, 30)
+        for k in range(1, n + 1)
+    )
     assert alphas([10, 20, 30]) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
 
 

@@ -18,29 +18,61 @@ Table = Mapping[str, tuple[list[int], Mapping[str, list[float]]]]
 
 
 def build_influence(
-    folder: Path, table: Table, capabilities: list[str], steps: list[int], scales: Mapping[str, float] | None = None, name: str = "influence"
+    folder: Path,
+    table: Table,
+    capabilities: list[str],
+    steps: list[int],
+    scales: Mapping[str, float] | None = None,
+    name: str = "influence",
 ) -> Artifact:
     """An influence artifact whose RMS and self scales are given by column name (1 by default)."""
-    work = open_workspace(folder, name, "influence", {"table": {s: [t, {k: list(map(repr, v)) for k, v in c.items()}] for s, (t, c) in table.items()}})
+    work = open_workspace(
+        folder,
+        name,
+        "influence",
+        {"table": {s: [t, {k: list(map(repr, v)) for k, v in c.items()}] for s, (t, c) in table.items()}},
+    )
     (work.path / "scores").mkdir(exist_ok=True)
     for source, (tokens, columns) in table.items():
         n = len(tokens)
-        content = {"index": list(range(n)), "id": [f"{source}-{i}" for i in range(n)], "start": [0] * n, "n_tokens": tokens, **columns}
+        content = {
+            "index": list(range(n)),
+            "id": [f"{source}-{i}" for i in range(n)],
+            "start": [0] * n,
+            "n_tokens": tokens,
+            **columns,
+        }
         parquet.write_table(arrow.table(content), work.path / "scores" / f"{source}.parquet")
     names = [column(capability, step) for capability in capabilities for step in steps]
     directions = {
         key: Direction(
-            probe_loss=3.0, gradient_norm=1.0, direction_norm=1.0, step=1e-3, energy={"ffn": 1.0},
-            self_influence=2 * (scales or {}).get(key, 1.0), rms=(scales or {}).get(key, 1.0),
+            probe_loss=3.0,
+            gradient_norm=1.0,
+            direction_norm=1.0,
+            step=1e-3,
+            energy={"ffn": 1.0},
+            self_influence=2 * (scales or {}).get(key, 1.0),
+            rms=(scales or {}).get(key, 1.0),
         )
         for key in names
-    }  # fmt: skip
+    }
     record = InfluenceRecord(
-        capabilities=capabilities, checkpoints=[ScoredCheckpoint(step=step, tokens=step, alpha=step / sum(steps)) for step in steps],
-        preconditioner="adam", eps=1e-8, fd_epsilon=3e-4, score_unit="window", tokens_per_document=256, folds=1, probe_sha256="p" * 64,
-        normalise="rms", confidence=0.95, interval_covers=["scored documents"], directions=directions,
-        sources={source: {} for source in table}, joint={},
-    )  # fmt: skip
+        capabilities=capabilities,
+        checkpoints=[ScoredCheckpoint(step=step, tokens=step, alpha=step / sum(steps)) for step in steps],
+        preconditioner="adam",
+        eps=1e-8,
+        fd_epsilon=3e-4,
+        score_unit="window",
+        tokens_per_document=256,
+        folds=1,
+        probe_sha256="p" * 64,
+        normalise="rms",
+        confidence=0.95,
+        interval_covers=["scored documents"],
+        directions=directions,
+        sources={source: {} for source in table},
+        joint={},
+    )
     atomic_write_json(work.path / "influence.json", record.plain())
     return work.complete({})
 

@@ -25,12 +25,16 @@ TOKENS = {"a": 600, "b": 300, "c": 100}
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return build_shards(tmp_path_factory.mktemp("shards"), {s: {"train": [np.arange(n // 2)] * 2} for s, n in TOKENS.items()})
+    return build_shards(
+        tmp_path_factory.mktemp("shards"), {s: {"train": [np.arange(n // 2)] * 2} for s, n in TOKENS.items()}
+    )
 
 
 def config(method: str = "influence", **changes: object) -> MixtureConfig:
     inputs = {"shards": "corpus", **({"influence": "influence"} if method == "influence" else {})}
-    return MixtureConfig.model_validate({"method": method, "inputs": inputs, "seed": 1, "floor": 0.0, "bootstrap": 400, **changes})
+    return MixtureConfig.model_validate(
+        {"method": method, "inputs": inputs, "seed": 1, "floor": 0.0, "bootstrap": 400, **changes}
+    )
 
 
 def mix(settings_: MixtureConfig, folder: Path, **inputs: Artifact) -> Mixture:
@@ -53,7 +57,10 @@ def test_equation_6_by_hand(shards: Artifact, tmp_path: Path) -> None:
     source c: tokens 20: all scores 0 but math@30 = -16: 3/4 (-16)/8 / 2 / 20 = -0.0375 -> clipped
     """
     table = {
-        "a": ([10, 30], {"code@10": [20.0, 60.0], "code@30": [8.0, 32.0], "math@10": [0.0, 8.0], "math@30": [4.0, 12.0]}),
+        "a": (
+            [10, 30],
+            {"code@10": [20.0, 60.0], "code@30": [8.0, 32.0], "math@10": [0.0, 8.0], "math@30": [4.0, 12.0]},
+        ),
         "b": ([50], {"code@10": [4.0], "code@30": [16.0], "math@10": [2.0], "math@30": [32.0]}),
         "c": ([20], {"code@10": [0.0], "code@30": [0.0], "math@10": [0.0], "math@30": [-16.0]}),
     }
@@ -75,9 +82,16 @@ def test_equation_6_by_hand(shards: Artifact, tmp_path: Path) -> None:
 
 def test_long_documents_count_by_their_tokens(shards: Artifact, tmp_path: Path) -> None:
     """rho is a mean over tokens, not over documents: splitting a document in two changes nothing."""
-    whole = {"a": ([30, 10], {"code@10": [30.0, 2.0]}), "b": ([10], {"code@10": [5.0]}), "c": ([10], {"code@10": [1.0]})}
+    whole = {
+        "a": ([30, 10], {"code@10": [30.0, 2.0]}),
+        "b": ([10], {"code@10": [5.0]}),
+        "c": ([10], {"code@10": [1.0]}),
+    }
     split = {**whole, "a": ([10, 20, 10], {"code@10": [12.0, 18.0, 2.0]})}
-    rhos = [mix(config(), tmp_path, shards=shards, influence=build_influence(tmp_path, t, ["code"], [10])).rho["a"] for t in (whole, split)]
+    rhos = [
+        mix(config(), tmp_path, shards=shards, influence=build_influence(tmp_path, t, ["code"], [10])).rho["a"]
+        for t in (whole, split)
+    ]
     assert rhos == pytest.approx([0.8, 0.8])
 
 
@@ -109,7 +123,9 @@ def test_intervals_hold_the_weights_and_shrink_with_documents(shards: Artifact, 
 
 @settings(max_examples=25, deadline=None)
 @given(st.dictionaries(st.sampled_from("abcdef"), st.floats(-1, 1), min_size=2), st.floats(0, 0.05), st.integers(0, 5))
-def test_properties_of_the_rule(tmp_path_factory: pytest.TempPathFactory, means: dict[str, float], floor: float, seed: int) -> None:
+def test_properties_of_the_rule(
+    tmp_path_factory: pytest.TempPathFactory, means: dict[str, float], floor: float, seed: int
+) -> None:
     folder = tmp_path_factory.mktemp("table")
     rates = {name: noisy(mean, 0.1, seed + i) for i, (name, mean) in enumerate(means.items())}
     table = InfluenceTable.open(build_influence(folder, one_column(rates), ["code"], [10]))
@@ -207,4 +223,7 @@ def test_a_mixture_that_does_not_sum_to_one_is_refused() -> None:
 
 def test_describe() -> None:
     assert describe(config(floor=0.002)) == "share tokens by influence (Eq. 6), floor 0.002, harmful sources dropped"
-    assert describe(config("uniform", budget="1k tokens", max_epochs="2 epochs")) == "share tokens equally, at most 2 epochs"
+    assert (
+        describe(config("uniform", budget="1k tokens", max_epochs="2 epochs"))
+        == "share tokens equally, at most 2 epochs"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from megatron_r1.mixture.weights import Bounds, distance, natural, share, unifor
 from megatron_r1.utils.errors import ConfigError, DataError
 
 PROPERTIES = settings(max_examples=150, deadline=None)
-bases = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e3)), min_size=2, max_size=8).filter(lambda values: max(values) > 0)
+bases = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e3)), min_size=2, max_size=8).filter(
+    lambda values: max(values) > 0
+)
 
 
 def named(values: list[float]) -> dict[str, float]:
@@ -79,7 +82,7 @@ def test_order_of_benefit_is_order_of_weight(values: list[float]) -> None:
     base = named(values)
     weights = share(base, Bounds.of(dict.fromkeys(base, 10), 0.01, set(), None, None))
     by_base = sorted(base, key=base.__getitem__)
-    assert all(weights[a] <= weights[b] + 1e-12 for a, b in zip(by_base, by_base[1:]))
+    assert all(weights[a] <= weights[b] + 1e-12 for a, b in pairwise(by_base))
 
 
 def test_scale_does_not_matter() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +24,24 @@ CODE, MATH = markov(1), markov(2)
 
 def probe_config(**changes: object) -> ProbeConfig:
     settings_ = {
-        "inputs": {"shards": "corpus"}, "documents": 6, "tokens_per_document": 32, "seed": 3,
+        "inputs": {"shards": "corpus"},
+        "documents": 6,
+        "tokens_per_document": 32,
+        "seed": 3,
         "capabilities": {"code": {"sources": {"code_a": 2, "code_b": 1}}, "math": {"sources": {"math_a": 1}}},
-        "rules": {"min_tokens": 20}, **changes,
+        "rules": {"min_tokens": 20},
+        **changes,
     }
     return ProbeConfig.model_validate(settings_)
 
 
 def usual_sources() -> dict[str, dict[str, list[np.ndarray]]]:
     return {
-        name: {"train": documents(sample, 10 * k, 30), "probe": documents(sample, 10 * k + 1, 12), "test": documents(sample, 10 * k + 2, 6)}
+        name: {
+            "train": documents(sample, 10 * k, 30),
+            "probe": documents(sample, 10 * k + 1, 12),
+            "test": documents(sample, 10 * k + 2, 6),
+        }
         for k, (name, sample) in enumerate([("code_a", CODE), ("code_b", CODE), ("math_a", MATH)], start=1)
     }
 
@@ -49,7 +58,9 @@ def make(config: ProbeConfig, shards: Artifact, folder: Path) -> ProbeSet:
 
 def test_picks_several_sources_from_the_probe_split(shards: Artifact, tmp_path: Path) -> None:
     probe = make(probe_config(), shards, tmp_path)
-    counts = {source: sum(d.source == source for d in probe.capabilities["code"].documents) for source in ("code_a", "code_b")}
+    counts = {
+        source: sum(d.source == source for d in probe.capabilities["code"].documents) for source in ("code_a", "code_b")
+    }
     assert counts == {"code_a": 4, "code_b": 2}
     assert {d.split for c in probe.capabilities.values() for d in c.documents} == {"probe"}
     assert all(d.n_tokens == 33 for c in probe.capabilities.values() for d in c.documents)
@@ -86,9 +97,16 @@ def test_same_seed_same_probe_other_seed_another(shards: Artifact, tmp_path: Pat
 
 def test_counts_of_every_sieve_chain_up(shards: Artifact, tmp_path: Path) -> None:
     records = [r for r in make(probe_config(), shards, tmp_path).capabilities["code"].sieves if r.source == "code_a"]
-    assert [r.name for r in records] == ["draw", "length", "exact duplicates", "near duplicates", "overlap with training", "overlap with held-out"]
+    assert [r.name for r in records] == [
+        "draw",
+        "length",
+        "exact duplicates",
+        "near duplicates",
+        "overlap with training",
+        "overlap with held-out",
+    ]
     assert records[0].entered == 12
-    assert all(before.left == after.entered for before, after in zip(records, records[1:]))
+    assert all(before.left == after.entered for before, after in pairwise(records))
 
 
 def test_duplicates_and_leaked_documents_are_sieved_out(tmp_path: Path) -> None:
@@ -101,7 +119,12 @@ def test_duplicates_and_leaked_documents_are_sieved_out(tmp_path: Path) -> None:
     probe = make(probe_config(window="first"), build_shards(tmp_path, sources), tmp_path)
     dropped = {r.name: r.entered - r.left for r in probe.capabilities["math"].sieves}
     assert dropped == {
-        "draw": 0, "length": 0, "exact duplicates": 1, "near duplicates": 1, "overlap with training": 1, "overlap with held-out": 1,
+        "draw": 0,
+        "length": 0,
+        "exact duplicates": 1,
+        "near duplicates": 1,
+        "overlap with training": 1,
+        "overlap with held-out": 1,
     }
 
 
@@ -112,7 +135,9 @@ def test_duplicates_and_leaked_documents_are_sieved_out(tmp_path: Path) -> None:
         ({"min_tokens": 20, "max_tokens": 21}, "length", "rules.max_tokens"),
     ],
 )
-def test_refuses_when_a_sieve_leaves_nothing(shards: Artifact, tmp_path: Path, rules: dict, sieve: str, fix: str) -> None:
+def test_refuses_when_a_sieve_leaves_nothing(
+    shards: Artifact, tmp_path: Path, rules: dict, sieve: str, fix: str
+) -> None:
     with pytest.raises(DataError) as caught:
         make(probe_config(rules=rules), shards, tmp_path)
     assert f"after the sieve {sieve!r}" in caught.value.expected
@@ -195,4 +220,6 @@ def test_near_duplicates_keep_different_documents() -> None:
 
 
 def test_describe_names_the_capabilities() -> None:
-    assert describe(probe_config()) == "pick 6 held-out windows of up to 32 tokens for each of code, math from 3 sources"
+    assert (
+        describe(probe_config()) == "pick 6 held-out windows of up to 32 tokens for each of code, math from 3 sources"
+    )

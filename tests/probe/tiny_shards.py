@@ -19,7 +19,12 @@ Sampler = Callable[[np.random.Generator, int], np.ndarray]
 
 def build_shards(folder: Path, sources: Mapping[str, Mapping[str, Documents]], name: str = "corpus") -> Artifact:
     """A complete shards artifact with the given token documents: source -> split -> documents."""
-    work = open_workspace(folder, name, "shards", {"sources": {s: {k: len(d) for k, d in splits.items()} for s, splits in sources.items()}})
+    work = open_workspace(
+        folder,
+        name,
+        "shards",
+        {"sources": {s: {k: len(d) for k, d in splits.items()} for s, splits in sources.items()}},
+    )
     tokenizer = train_bpe(["a few words to train on", "and some more words"], VOCAB, work.path / "tokenizer")
     records = {}
     for source, splits in sources.items():
