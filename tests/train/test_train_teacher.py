@@ -12,7 +12,7 @@ from megatron_r1.data.shards import ShardSet
 from megatron_r1.parallel.vocab import VocabShard
 from megatron_r1.train.config import TeacherConfig
 from megatron_r1.train.teacher import HuggingFaceTeacher, identity
-from megatron_r1.utils.errors import ConfigError, DataError, EnvironmentProblem
+from megatron_r1.utils.errors import ConfigError, DataError
 
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
@@ -74,8 +74,6 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path, shards, folder):
         train(tmp_path, settings(**base, model={"preset": "nano", "vocab_size": 1024}, distill={"teacher": {"hf_folder": str(folder)}}), shards=shards)
     with pytest.raises(ConfigError, match=r"no such folder(?s:.)*correct distill.teacher.hf_folder"):
         identity(settings(**base, distill={"teacher": {"hf_folder": str(tmp_path / "nowhere")}}).distill, None, "fp32")
-    with pytest.raises(EnvironmentProblem, match="pip install no-such-teacher"):
+    with pytest.raises(ConfigError, match=r"'no-such-teacher'(?s:.)*correct distill.teacher.package"):
         identity(settings(**base, distill={"teacher": {"package": "no-such-teacher"}}).distill, None, "fp32")
-    with pytest.raises(ConfigError, match="one GGUF file in the package numpy"):
-        identity(settings(**base, distill={"teacher": {"package": "numpy"}}).distill, None, "fp32")
     assert identity(settings(**base, distill={"teacher": {"hf_folder": str(folder)}}).distill, None, "fp32")["precision"] == "fp32"
