@@ -146,6 +146,7 @@ def _mixture(artifact: Artifact, step: Step) -> MixtureView:
         uniform=mixture.uniform,
         clipped=tuple(mixture.clipped),
         harmful=tuple(mixture.harmful),
+        capped=tuple(mixture.capped),
         epochs=mixture.epochs,
         floor=mixture.floor,
         confidence=mixture.confidence,

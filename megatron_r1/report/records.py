@@ -129,6 +129,7 @@ class MixtureView:
     uniform: Mapping[str, float]
     clipped: tuple[str, ...]
     harmful: tuple[str, ...]
+    capped: tuple[str, ...]
     epochs: Mapping[str, float]
     floor: float
     confidence: float | None
