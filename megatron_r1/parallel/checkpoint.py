@@ -16,13 +16,14 @@ from __future__ import annotations
 import base64
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_r1.parallel import device as _device
 from megatron_r1.parallel.context import ParallelContext
@@ -71,9 +72,12 @@ def save(path: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer |
         _on_main(ctx, prepare)
         with quietly():
             dist_checkpointing.save({"model": state, "optimizer": moments}, str(partial / _WEIGHTS), sharded_strategy=InProcessSave())
-        _write_rng(partial, ctx)
-        own = _hash_own_files(partial, ctx)
-        records = {name: record for part in ctx.gather_objects(own) for name, record in part.items()}
+
+        def finish_own() -> dict[str, dict[str, Any]]:
+            _write_rng(partial, ctx)
+            return _hash_own_files(partial, ctx)
+
+        records = {name: record for part in _everywhere(ctx, finish_own) for name, record in part.items()}
 
         def commit() -> None:
             kept = {
@@ -96,17 +100,22 @@ def save(path: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer |
         _on_main(ctx, commit)
 
 
-def _on_main(ctx: ParallelContext, action: Any) -> None:
-    """Run `action` on rank 0; every rank raises if it failed there."""
-    problem: BaseException | None = None
-    if ctx.is_main:
-        try:
-            action()
-        except (R1Error, OSError) as error:
-            problem = error
-    problem = ctx.broadcast_object(problem)
-    if problem is not None:
-        raise problem
+def _everywhere(ctx: ParallelContext, action: Callable[[], Any]) -> list[Any]:
+    """Run `action` on every rank; returns all results, or raises on every rank what failed on any (nobody waits for ever)."""
+    try:
+        outcome = (action(), None)
+    except (R1Error, OSError) as error:
+        outcome = (None, error)
+    outcomes = ctx.gather_objects(outcome)
+    for _, problem in outcomes:
+        if problem is not None:
+            raise problem
+    return [value for value, _ in outcomes]
+
+
+def _on_main(ctx: ParallelContext, action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0; every rank gets its result, or raises what it raised."""
+    return _everywhere(ctx, lambda: action() if ctx.is_main else None)[0]
 
 
 def _replace(partial: Path, path: Path) -> None:
@@ -222,13 +231,7 @@ def load_second_moment(path: Path, chunks: Sequence[nn.Module], ctx: ParallelCon
 
 def _verified(path: Path, ctx: ParallelContext) -> dict[str, Any]:
     """`verify` once, on rank 0, for everybody: the files are shared."""
-    kept: dict[str, Any] = {}
-
-    def check() -> None:
-        kept.update(verify(path))
-
-    _on_main(ctx, check)
-    return ctx.broadcast_object(kept)
+    return _on_main(ctx, lambda: verify(path))
 
 
 def _read(path: Path, wanted: dict[str, Any]) -> None:
@@ -239,11 +242,12 @@ def _read(path: Path, wanted: dict[str, Any]) -> None:
             loaded = dist_checkpointing.load(dict(wanted), path / _WEIGHTS)  # a copy: it changes the dictionary, and the entries
     except R1Error:
         raise
-    except Exception as error:
-        reason = str(error).strip().splitlines()
+    except (Exception, CheckpointException) as error:  # torch's CheckpointException is not an Exception
+        inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = str(inner).strip().splitlines()
         raise CheckpointError(
             expected=f"tensors of this model in {path}",
-            found=f"{type(error).__name__}: {reason[0][:300] if reason else 'no message'}",
+            found=f"{type(inner).__name__}: {reason[0][:300] if reason else 'no message'}",
             fix="check that the model's configuration is the one the checkpoint was trained with",
         ) from error
     with torch.no_grad():

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from packaging.version import Version
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 from megatron_r1.parallel import device as _device
 from megatron_r1.utils.errors import EnvironmentProblem, ParallelError
@@ -139,6 +141,14 @@ def inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return [inner for inner in chain if not getattr(inner, "is_stub_optimizer", False)]
 
 
+class _Writer(FileSystemWriter):
+    """torch's writer without the two things that differ between equal checkpoints: the folder's name and a random number."""
+
+    def storage_meta(self) -> StorageMeta:
+        """An empty record."""
+        return StorageMeta()
+
+
 class InProcessSave(TorchDistSaveShardedStrategy):
     """The torch_dist format written by this very process.
 
@@ -150,13 +160,20 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         super().__init__("torch_dist", 1)
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Any) -> None:
-        """Write `sharded_state_dict`; collective over all ranks."""
+        """Write `sharded_state_dict`; collective over all ranks. Raises OSError on every rank when one can not write."""
         from megatron.core.dist_checkpointing.strategies import torch as strategy
 
         state, _, _ = strategy._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         planner = strategy.MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
-        writer = torch.distributed.checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True)
-        torch.distributed.checkpoint.save(strategy.mcore_to_pyt_state_dict(state, False), storage_writer=writer, planner=planner)
+        writer = _Writer(checkpoint_dir, thread_count=1, sync_files=True)
+        try:
+            torch.distributed.checkpoint.save(strategy.mcore_to_pyt_state_dict(state, False), storage_writer=writer, planner=planner)
+        except CheckpointException as error:
+            # A full disk is the caller's to explain: show what happened, on whichever rank.
+            for failure, _ in error.failures.values():
+                if isinstance(failure, OSError):
+                    raise failure from error
+            raise
 
 
 __all__ = [

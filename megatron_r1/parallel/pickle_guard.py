@@ -30,14 +30,10 @@ _ALLOWED: dict[str, frozenset[str]] = {
             "_MEM_FORMAT_ENCODING",
         }
     ),
-    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo", "_StoragePrefix"}),
-    "torch.distributed.checkpoint.planner": frozenset({"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"}),
+    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
     "torch": frozenset({"Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"}),
     "torch.serialization": frozenset({"_get_layout"}),
-    "collections": frozenset({"OrderedDict", "defaultdict"}),
-    "pathlib": frozenset({"Path", "PosixPath", "PurePosixPath"}),
-    "pathlib._local": frozenset({"Path", "PosixPath", "PurePosixPath"}),
-    "builtins": frozenset({"dict", "list", "set", "frozenset", "tuple", "int", "float", "bool", "str", "bytes"}),
+    "collections": frozenset({"OrderedDict"}),
 }
 
 

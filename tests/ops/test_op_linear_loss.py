@@ -10,7 +10,14 @@ import torch.nn.functional as F
 
 from megatron_r1.ops import linear_loss as module
 from megatron_r1.ops.linear_loss import linear_loss, logits_loss
-from megatron_r1.ops.row_losses import CrossEntropyRows, DistillRows, DistillTopKRows, MixedRows, RowLoss, WholeVocabulary
+from megatron_r1.ops.row_losses import (
+    CrossEntropyRows,
+    DistillRows,
+    DistillTopKRows,
+    MixedRows,
+    RowLoss,
+    WholeVocabulary,
+)
 
 N, D, V, K = 23, 8, 50, 6
 

@@ -1,0 +1,213 @@
+"""One process: the whole step against a plain torch loop, and what the layout, device and version checks say."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from pydantic import ValidationError
+from scenarios import LEARNING_RATES, MODEL, Run, microbatches
+
+from megatron_r1.model.build import build_model, transformer_config
+from megatron_r1.model.forward import logits
+from megatron_r1.parallel import context, device, mcore
+from megatron_r1.parallel.config import LayoutConfig
+from megatron_r1.parallel.optimizer import build_optimizer, local_states, set_lr
+from megatron_r1.utils.errors import ConfigError, EnvironmentProblem, ParallelError
+
+
+@pytest.mark.parametrize("layout", [LayoutConfig(), LayoutConfig(distributed_optimizer=True)], ids=["whole", "sharded"])
+def test_training_equals_plain_torch(layout: LayoutConfig) -> None:
+    """Same losses, norms and weights as AdamW on the mean over all masked tokens of all micro-batches, clipped to 0.5."""
+    run = Run(layout)
+    (model,) = build_model(MODEL, run.ctx, seed=5)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    gains = [p for p in model.parameters() if p.ndim == 1]
+    adam = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8)
+    for step in range(4):
+        total, count = torch.zeros(()), 0.0
+        for batch in microbatches(step):
+            z = torch.log_softmax(logits(model, batch["tokens"], batch["segment_ids"]), -1)
+            picked = -z.gather(-1, batch["labels"][..., None])[..., 0]
+            total, count = total + (picked * batch["loss_mask"]).sum(), count + float(batch["loss_mask"].sum())
+        adam.zero_grad()
+        (total / count).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in adam.param_groups:
+            group["lr"] = LEARNING_RATES[step]
+        adam.step()
+        loss, grad_norm = run.step()
+        assert loss == pytest.approx(total.item() / count, abs=1e-5)
+        assert grad_norm == pytest.approx(float(norm), rel=1e-5)
+        assert grad_norm > 0.5, "clipping must have work to do"
+    for ours, theirs in zip(run.chunks[0].parameters(), model.parameters()):
+        # Adam divides by the square root of tiny moments: single elements may differ by a fraction of a step (3e-3).
+        difference = (ours - theirs).detach().abs()
+        assert difference.max() < 3e-4
+        assert difference.mean() < 1e-7
+
+
+def test_validation_does_not_train() -> None:
+    run = Run(LayoutConfig())
+    before = [p.detach().clone() for p in run.chunks[0].parameters()]
+    first = run.validation()
+    assert run.validation() == first
+    assert run.step()[0] == pytest.approx(first, abs=1e-6)
+    untouched = Run(LayoutConfig())
+    assert all(torch.equal(a, b) for a, b in zip(before, untouched.chunks[0].parameters()))
+
+
+def test_learning_rate_and_decay_reach_the_groups() -> None:
+    run = Run(LayoutConfig())
+    set_lr(run.optimizer, 0.123)
+    assert {group["lr"] for group in run.optimizer.param_groups} == {0.123}
+    decays = {bool(p.ndim > 1): group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert decays == {True: 0.1, False: 0.0}
+    embedding = dict(run.chunks[0].named_parameters())["module.embedding.word_embeddings.weight"]
+    assert any(embedding is p for g in run.optimizer.param_groups if g["weight_decay"] for p in g["params"])
+
+
+def test_clip_zero_means_no_clipping_but_a_norm() -> None:
+    run = Run(LayoutConfig())
+    run.optimizer = build_optimizer(run.chunks, lr=0.0, clip=0.0, layout=LayoutConfig())
+    _, norm = run.step()
+    assert norm > 0.5
+    # exp_avg after one step is (1 - beta1) * gradient: its norm shows that nothing was scaled down
+    moment = torch.sqrt(sum(t["exp_avg"].double().square().sum() for _, _, t in local_states(run.optimizer)))
+    assert float(moment) == pytest.approx(0.1 * norm, rel=1e-4)
+
+
+# ---------------------------------------------------------------- layouts that can not work
+
+
+def test_world_size_that_does_not_divide() -> None:
+    with pytest.raises(ParallelError) as caught:
+        LayoutConfig(tensor=2, pipeline=3).data_size(8)
+    assert "6" in caught.value.expected
+    assert "8 processes" in caught.value.found
+    assert "torchrun" in caught.value.fix
+    assert LayoutConfig(tensor=2, pipeline=2).data_size(8) == 2
+    with pytest.raises(ParallelError, match="1 process"):
+        context.initialize(LayoutConfig(tensor=2))
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"context": 2}, "context parallelism is not implemented"),
+        ({"sequence_parallel": True}, "tensor >= 2"),
+        ({"virtual_pipeline": 2}, "pipeline >= 2"),
+    ],
+)
+def test_layouts_refused_by_name(fields: dict[str, object], word: str) -> None:
+    with pytest.raises(ParallelError, match=word):
+        LayoutConfig(**fields).check()
+    with pytest.raises(ParallelError, match=word):
+        context.initialize(LayoutConfig(**fields))
+
+
+def test_models_that_do_not_fit() -> None:
+    for layout, word in (
+        (LayoutConfig(pipeline=8), "at least as many layers"),
+        (LayoutConfig(pipeline=3), "num_layers divisible"),
+        (LayoutConfig(tensor=4), "num_kv_heads divisible"),
+    ):
+        with pytest.raises(ParallelError, match=word):
+            layout.check_model(MODEL)
+    with pytest.raises(ParallelError, match="seq_length"):
+        LayoutConfig(tensor=2, sequence_parallel=True).check_model(MODEL, seq_length=33)
+
+
+def test_unknown_layout_field() -> None:
+    with pytest.raises(ValidationError):
+        LayoutConfig(tensors=2)
+
+
+def test_batched_exchange_under_an_interleaved_pipeline_is_refused() -> None:
+    ctx = context.initialize(LayoutConfig())
+    core = transformer_config(MODEL, ctx, "fp32")
+    core.virtual_pipeline_model_parallel_size = 2
+    with pytest.raises(ParallelError, match="wrong losses"):
+        mcore.check_p2p(core)
+    for name, value in mcore.p2p_settings(2).items():
+        setattr(core, name, value)
+    mcore.check_p2p(core)
+
+
+# ---------------------------------------------------------------- device, version
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_gpu_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(device.DEVICE_VARIABLE, "cuda")
+    for ask in (device.device, device.backend, lambda: context.initialize(LayoutConfig())):
+        with pytest.raises(EnvironmentProblem) as caught:
+            ask()
+        assert "CUDA device" in caught.value.expected
+        assert "none" in caught.value.found
+        assert "cpu" in caught.value.fix
+    monkeypatch.setenv(device.DEVICE_VARIABLE, "gpu")
+    with pytest.raises(ConfigError, match="auto, cpu or cuda"):
+        device.device()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is not installed beside a GPU")
+def test_the_shim_is_for_megatron_alone() -> None:
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1, device="cuda")
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1).cuda()
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+    assert not torch.cuda.is_available()
+    inside = {"__name__": "megatron.core.pretend", "x": torch.zeros(1)}
+    exec("kind, moved = x.type(), x.cuda()", inside)
+    assert inside["kind"] == "torch.cuda.FloatTensor"
+    assert inside["moved"] is inside["x"]
+    from megatron.core.optimizer import clip_grads
+
+    assert clip_grads.torch.zeros(2, device="cuda").device.type == "cpu"
+    assert clip_grads.torch.Tensor is torch.Tensor
+
+
+@pytest.mark.parametrize(("version", "fine"), [("0.16.0", False), ("0.16.1", True), ("0.19.2", True), ("0.20.0", False), (None, False)])
+def test_version_range(version: str | None, fine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(name: str) -> str:
+        if name == "megatron-core" and version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version or "1" if name == "megatron-core" else "1"
+
+    monkeypatch.setattr(importlib.metadata, "version", ask)
+    if fine:
+        assert str(mcore._checked_version()) == version
+    else:
+        with pytest.raises(EnvironmentProblem) as caught:
+            mcore._checked_version()
+        assert "0.16.1" in caught.value.expected
+        assert "pip install" in caught.value.fix
+
+
+@pytest.mark.slow
+def test_import_is_quiet_and_config_needs_no_torch() -> None:
+    code = "import megatron_r1.parallel.config as c, sys; assert 'torch' not in sys.modules; import megatron_r1.model.build"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout == ""
+
+
+def test_same_layout_keeps_its_groups() -> None:
+    first = context.initialize(LayoutConfig(), seed=1)
+    a = torch.rand(3)
+    again = context.initialize(LayoutConfig(), seed=1)
+    assert again is first
+    assert torch.equal(torch.rand(3), a), "the seed restarts the generators"
+    assert context.initialize(LayoutConfig(overlap=True), seed=1) is not first
+    assert (first.rank, first.world_size, first.data_size, first.is_main, first.is_first_stage, first.is_last_stage) == (0, 1, 1, True, True, True)
+    for over in ("data", "world", "model", "tensor", "pipeline"):
+        assert first.all_reduce_sum(torch.tensor([2.0]), over=over) == 2.0
+    assert first.broadcast_object({"a": 1}) == {"a": 1}
+    first.barrier()
