@@ -83,6 +83,7 @@ class ProbeSet(Frozen):
     checks: dict[str, int] = Field(
         default={}, description="what was verified against the training split: check -> number of collisions (all 0)"
     )
+    notes: list[str] = Field(default=[], description="remarks a reader must know")
     sha256: str = Field(default="", description="hash over every document reference and its tokens")
 
     def sealed(self, shards: Shards) -> ProbeSet:

@@ -25,6 +25,12 @@ class ValidityConfig(Frozen):
         default=12, ge=0, description="random document batches to take one real step on; 0 leaves the receipt out"
     )
     documents: int = Field(default=8, ge=1, description="scored documents per batch")
+    probe_documents: int = Field(
+        default=256,
+        ge=1,
+        description="probe windows per capability to measure on: every k-th of a larger probe. The forecast is "
+        "of the whole probe, so a part adds noise to the comparison",
+    )
     step: float = Field(
         default=1e-4,
         gt=0,

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
+from megatron_r1.artifacts.checkpoint import CheckpointInfo
 from megatron_r1.influence.config import InfluenceConfig
 from megatron_r1.influence.rows import Row
 from megatron_r1.utils.errors import ConfigError, DataError
 from megatron_r1.utils.seeding import generator
 
-T = TypeVar("T")
 
+def evenly(checkpoints: Sequence[CheckpointInfo], count: int) -> list[CheckpointInfo]:
+    """`count` checkpoints nearest to evenly spaced steps N/count, 2N/count ... N, the last one included.
 
-def evenly(checkpoints: Sequence[T], count: int) -> list[T]:
-    """`count` evenly spaced checkpoints, the last one included. Raises ConfigError when there are fewer."""
+    checkpoints: ascending by step. Raises ConfigError when there are fewer than `count`.
+    """
     if count > len(checkpoints):
         raise ConfigError(
             expected=f"at least {count} trained checkpoints",
             found=f"{len(checkpoints)}",
-            fix="lower influence's `checkpoints`, or let the train step save more often",
+            fix="lower influence's `checkpoints`, or let the train step keep more (checkpoints.evenly)",
         )
-    return [checkpoints[round((i + 1) * len(checkpoints) / count) - 1] for i in range(count)]
+    chosen: list[int] = []
+    for i in range(count):
+        wanted = checkpoints[-1].step * (i + 1) / count
+        # Leave enough later checkpoints for the rest.
+        allowed = range(chosen[-1] + 1 if chosen else 0, len(checkpoints) - (count - 1 - i))
+        chosen.append(min(allowed, key=lambda k: abs(checkpoints[k].step - wanted)))
+    return [checkpoints[k] for k in chosen]
 
 
 def alphas(steps: Sequence[int]) -> list[float]:

@@ -57,6 +57,11 @@ def batch_rows(batch: Batch, chosen: Mapping[str, Chosen]) -> list[Row]:
     ]
 
 
+def look_rows(config: ValidityConfig, rows: Sequence[Row]) -> Sequence[Row]:
+    """The probe windows to measure on: all, or every k-th (windows stand source by source, so all sources stay in)."""
+    return rows[:: -(-len(rows) // config.probe_documents)]
+
+
 def cost(
     config: ValidityConfig,
     chosen: Mapping[str, Chosen],
@@ -65,7 +70,7 @@ def cost(
     batch_tokens: int,
 ) -> int:
     """Token-forwards the receipt takes (a backward counts as two)."""
-    look = sum(padded_tokens(rows, batch_tokens) for rows in probe.values())
+    look = sum(padded_tokens(look_rows(config, rows), batch_tokens) for rows in probe.values())
     drawn = draw_batches(config, chosen, seed)
     return sum(3 * padded_tokens(batch_rows(batch, chosen), batch_tokens) + look for batch in drawn) + (
         look if drawn else 0
@@ -89,9 +94,10 @@ def receipt(
 
     scores: source -> float64 [n, C] raw scores at this checkpoint, capabilities in the order of `probe`.
     """
+    seen = {name: look_rows(config, rows) for name, rows in probe.items()}
     looks = {
         name: (batches(rows, batch_tokens, device), np.array(row_weights(rows, weighting)))
-        for name, rows in probe.items()
+        for name, rows in seen.items()
     }
 
     def probe_losses() -> np.ndarray:
@@ -115,6 +121,7 @@ def receipt(
         "batches": config.batches,
         "documents_per_batch": config.documents,
         "relative_step": config.step,
+        "probe_windows": {name: len(rows) for name, rows in seen.items()},
         "capabilities": {
             name: {
                 "spearman": spearman(p, m),

@@ -75,8 +75,8 @@ def weight_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Intervals of the weights: the rule applied to every bootstrap replicate of rho (draws: source -> [R]).
 
-    Who is harmful is held fixed. Replicates in which no weights exist (no source positive, or caps too tight) are left out; with fewer than half
-    left, DataError.
+    Who is harmful is held fixed. Replicates in which no weights exist (no source positive, or caps too tight) are left
+    out; with fewer than half left, DataError.
     """
     names = list(draws)
     stacked = np.maximum(np.stack([draws[name] for name in names], axis=1), 0.0)  # [R, sources]

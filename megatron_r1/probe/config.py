@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from megatron_r1.config.base import Frozen, StageConfig, StepName
+from megatron_r1.config.units import Tokens
 
 
 class ProbeInputs(Frozen):
@@ -68,6 +69,11 @@ class RulesConfig(Frozen):
         "or in a held-out split (evaluation documents). Templated corpora share phrases between documents, so 0 "
         "would empty them; "
         "benchmark items themselves are removed by the corpus stage at a single shared n-gram.",
+    )
+    compare: Tokens = Field(
+        default=Tokens(1_000_000_000),
+        description="tokens per source and split that windows are compared with for overlap; of a larger one its first "
+        "tokens, which the result says",
     )
 
 

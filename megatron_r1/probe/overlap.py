@@ -98,10 +98,10 @@ class OverlapIndex:
         return shares
 
 
-def stretches(shard: Any, n: int, size: int = 1 << 20) -> Iterator[np.ndarray]:
-    """All tokens of a shard in stretches of about `size`, overlapping by n - 1 so that no n-gram is missed.
+def stretches(shard: Any, n: int, last: int, size: int = 1 << 20) -> Iterator[np.ndarray]:
+    """The first `last` tokens of a shard in stretches of `size`, overlapping by n - 1 so that no n-gram is missed.
 
     n-grams across two documents hold an end-of-text token inside, so no window's n-gram equals them.
     """
-    for start in range(0, shard.n_tokens, size):
+    for start in range(0, min(last, shard.n_tokens), size):
         yield np.asarray(shard.read(start, min(size + n - 1, shard.n_tokens - start)))

@@ -6,10 +6,8 @@ sieves with a classifier and a language-model judge; here the rules are simple a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from megatron_r1.artifacts.base import Artifact, Workspace
 from megatron_r1.artifacts.probe import PROBE_FILE, CapabilityProbe, ProbeDocument, ProbeSet
@@ -42,6 +40,7 @@ def run(config: ProbeConfig, inputs: Mapping[str, Any], work: Workspace) -> Arti
         tokenizer=shards.tokenizer.sha256,
         tokens_per_document=config.tokens_per_document,
         checks=checks,
+        notes=_partly_compared(config, shards),
     ).sealed(shards)
     probe.save(work.path / PROBE_FILE)
     summary = {
@@ -77,16 +76,26 @@ def sift(config: ProbeConfig, shards: ShardSet, sources: list[str]) -> dict[str,
     sieves = [draw(config, source, shards.split(source, SPLIT)) for source in sources]
     drop_duplicates(config, sieves)
     for name, splits in (("overlap with training", ("train",)), ("overlap with held-out", HELD_OUT)):
-        total = sum(shards.split(source, split).n_tokens for source in shards.sources for split in splits)
-        with progress(f"probe: {name}", total) as bar:
-            drop_overlap(config, sieves, name, _body(shards, splits, config.rules.ngram), bar.advance)
+        body = [shards.split(source, split) for source in shards.sources for split in splits]
+        limit = int(config.rules.compare)
+        stream = (part for shard in body for part in stretches(shard, config.rules.ngram, limit))
+        with progress(f"probe: {name}", sum(min(shard.n_tokens, limit) for shard in body)) as bar:
+            drop_overlap(config, sieves, name, stream, bar.advance)
     return {sieve.source: sieve for sieve in sieves}
 
 
-def _body(shards: ShardSet, splits: tuple[str, ...], n: int) -> Iterator[np.ndarray]:
+def _partly_compared(config: ProbeConfig, shards: ShardSet) -> list[str]:
+    """What the overlap rules did not look at."""
+    notes = []
     for source in shards.sources:
-        for split in splits:
-            yield from stretches(shards.split(source, split), n)
+        for split in ("train", *HELD_OUT):
+            tokens = shards.split(source, split).n_tokens
+            if tokens > config.rules.compare:
+                notes.append(
+                    f"overlap with {source}/{split}: its first {int(config.rules.compare)} of {tokens} tokens compared"
+                )
+                log.warning("probe: %s", notes[-1])
+    return notes
 
 
 def allocate(total: int, shares: Mapping[str, float]) -> dict[str, int]:

@@ -14,6 +14,7 @@ import pytest
 from small_world import TOKENS, influence_config
 
 from megatron_r1.artifacts.base import Artifact, open_workspace
+from megatron_r1.artifacts.checkpoint import CheckpointInfo
 from megatron_r1.artifacts.influence import InfluenceTable, column
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.influence import job as jobs
@@ -248,14 +249,18 @@ def test_a_changed_probe_document_is_refused(world: World, tmp_path: Path) -> No
 
 
 def test_checkpoints_are_evenly_spaced_and_end_at_the_last() -> None:
-    assert evenly([1, 2, 3, 4, 5, 6], 3) == [2, 4, 6]
-    assert evenly([1, 2, 3, 4, 5], 2)[-1] == 5
-    assert evenly([7], 1) == [7]
-    assert all(
-        len(set(evenly(range(n), k))) == k and evenly(range(n), k)[-1] == n - 1
-        for n in range(1, 30)
-        for k in range(1, n + 1)
-    )
+    def steps(available: list[int], count: int) -> list[int]:
+        return [point.step for point in evenly([CheckpointInfo(s, s, Path()) for s in available], count)]
+
+    assert steps([1, 2, 3, 4, 5, 6], 3) == [2, 4, 6]
+    assert steps([50, 98, 100, 150, 195], 2) == [98, 195]
+    assert steps([7], 1) == [7]
+    assert steps([10, 190, 195], 3) == [10, 190, 195]
+    for n in range(1, 20):
+        for k in range(1, n + 1):
+            found = steps(list(range(1, n + 1)), k)
+            assert len(set(found)) == k
+            assert found[-1] == n
     assert alphas([10, 20, 30]) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
 
 

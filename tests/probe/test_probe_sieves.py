@@ -210,7 +210,7 @@ def test_stretches_miss_no_ngram_at_their_borders() -> None:
         def read(self, start: int, n: int) -> np.ndarray:
             return self.all[start : start + n]
 
-    found = np.concatenate([ngram_hashes(s, 13) for s in stretches(OneShard(), 13, size=64)])
+    found = np.concatenate([ngram_hashes(s, 13) for s in stretches(OneShard(), 13, 1000, size=64)])
     assert np.array_equal(found, ngram_hashes(OneShard.all, 13))
 
 
@@ -223,3 +223,10 @@ def test_describe_names_the_capabilities() -> None:
     assert (
         describe(probe_config()) == "pick 6 held-out windows of up to 32 tokens for each of code, math from 3 sources"
     )
+
+
+def test_a_body_that_is_partly_compared_is_said(shards: Artifact, tmp_path: Path) -> None:
+    probe = make(probe_config(rules={"min_tokens": 20, "compare": "1800 tokens"}), shards, tmp_path)
+    assert all(note.startswith("overlap with ") and "its first 1800 of" in note for note in probe.notes)
+    assert any("code_a/train" in note for note in probe.notes)
+    assert make(probe_config(), shards, tmp_path).notes == []
