@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from markupsafe import Markup
 from megatron_r1.report import figures
 from megatron_r1.report.figures import Figure
 from megatron_r1.report.graph import draw_arc
-from megatron_r1.report.records import Change, Evaluated, Influence, Result, Run, Source, Step
+from megatron_r1.report.records import Change, Evaluated, Influence, Result, Run, Source, Step, origin_parts
 from megatron_r1.report.text import count, duration, percent, plural, signed, significant, size
 from megatron_r1.report.verdicts import Pair, Verdict, equal_budget_pairs, is_control
 
@@ -101,6 +102,7 @@ def render(run: Run, verdicts: Sequence[Verdict], drawn: Drawn, title: str, own:
         "summary": summary(run),
         "arc": Markup(draw_arc([*run.steps, own], "Graph of the run's steps; the table under Provenance lists the same links")),
         "corpora": [corpus_rows(run, c.sources) for c in run.corpora],
+        "dropped": [dropped_counts(c.sources) for c in run.corpora],
         "heat": [heat_map(run, i) for i in run.influences],
         "evaluation": evaluation_table(run.evaluated),
         "speeds": speed_rows(run),
@@ -127,11 +129,10 @@ def summary(run: Run) -> str:
     """What happened, in plain sentences, from the artifacts alone."""
     parts = []
     if run.corpora:
-        sources = run.sources
-        real = [s for s in sources.values() if not s.distractor]
+        sources, noise = run.sources, run.distractors
         tokens = sum(s.total("tokens") for s in sources.values())
-        noise = f" and {plural(len(run.distractors), 'planted distractor')}" if run.distractors else ""
-        parts.append(f"{plural(len(real), 'real corpus', 'real corpora')}{noise} ({count(tokens)} tokens) were cut into training, probe and test documents.")
+        planted = f", {len(noise)} of them planted {'distractor' if len(noise) == 1 else 'distractors'}," if noise else ""
+        parts.append(f"{plural(len(sources), 'source')} of text ({count(tokens)} tokens){planted} were cut into training, probe and test documents.")
     if run.influences:
         first = run.influences[0]
         parts.append(
@@ -165,21 +166,19 @@ def _list(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
-def corpus_rows(run: Run, sources: Sequence[Source]) -> list[tuple[Source, str]]:
-    """Sources in page order, each with its provenance as one line."""
+def corpus_rows(run: Run, sources: Sequence[Source]) -> list[tuple[Source, str, str]]:
+    """Sources in page order, each with what it is and where it came from."""
     by_name = {s.name: s for s in sources}
-    return [(by_name[name], origin_text(by_name[name].origin)) for name in source_order(run, by_name)]
+    ordered = [by_name[name] for name in source_order(run, by_name)]
+    return [(s, str(s.origin.get("about", "")), ", ".join(origin_parts(s.origin))) for s in ordered]
 
 
-def origin_text(origin: Mapping[str, Any]) -> str:
-    """`package version, licence` where known; otherwise whatever short facts there are."""
-    package, version, licence = origin.get("package"), origin.get("version"), origin.get("license") or origin.get("licence")
-    head = f"{package} {version}" if package and version else str(package or "")
-    known = ", ".join(str(part) for part in (head, licence) if part)
-    if known:
-        return known
-    short = [str(v) for k, v in origin.items() if isinstance(v, (str, int, float)) and len(str(v)) <= 80 and "sha" not in k]
-    return ", ".join(short[:3])
+def dropped_counts(sources: Sequence[Source]) -> list[tuple[str, int]]:
+    """Reason -> documents dropped, over all sources, most frequent first."""
+    total: Counter[str] = Counter()
+    for source in sources:
+        total.update(source.dropped)
+    return [(reason.replace("_", " "), n) for reason, n in total.most_common() if n]
 
 
 def heat_map(run: Run, influence: Influence) -> dict[str, Any]:

@@ -62,6 +62,18 @@ class Source:
         return sum(getattr(split, what) for split in self.splits.values())
 
 
+def origin_parts(origin: Mapping[str, Any]) -> list[str]:
+    """Where a source came from: `package version (licence)` for packages, versions of installed ones, or the files' names."""
+    parts = [f"{p['package']} {p['version']} ({p['licence']})" for p in origin.get("packages", ())]
+    parts += [f"{name} {version} (as installed)" for name, version in origin.get("installed", {}).items()]
+    if "python" in origin:
+        parts.append(f"Python {origin['python']}")
+    files = origin.get("files", ())
+    if files:
+        parts.append(files[0]["name"] if len(files) == 1 else f"{len(files)} files, {files[0]['name']} and on")
+    return parts
+
+
 @dataclass(frozen=True)
 class Corpus:
     """One shard set. `missing`: (corpus that could not be had, why)."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.report.records import Run
+from megatron_r1.report.records import Run, origin_parts
 from megatron_r1.report.verdicts import Verdict, equal_budget_pairs
 
 
@@ -48,12 +48,12 @@ def _verdicts(verdicts: Sequence[Verdict]) -> Table:
 
 def _corpora(run: Run) -> Table:
     rows = (
-        (c.step, s.name, s.domain, s.distractor, s.format, split, n.documents, n.tokens, n.bytes, s.origin.get("package"), s.origin.get("version"), s.origin.get("license"))
+        (c.step, s.name, s.domain, s.distractor, s.format, split, n.documents, n.tokens, n.bytes, "; ".join(origin_parts(s.origin)))
         for c in run.corpora
         for s in c.sources
         for split, n in s.splits.items()
     )
-    return _table("corpora", "step source domain distractor format split documents tokens bytes package version license", rows)
+    return _table("corpora", "step source domain distractor format split documents tokens bytes origin", rows)
 
 
 def _probes(run: Run) -> Table:

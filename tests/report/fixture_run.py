@@ -68,7 +68,7 @@ class FixtureRun:
             splits = {s: {"documents": n * (i + 3), "tokens": 900 * n * (i + 3), "bytes": 3100 * n * (i + 3)} for s, n in (("train", 40), ("probe", 4), ("test", 4))}
             records[source] = {
                 "name": source, "domain": domain, "distractor": distractor, "format": "text", "splits": splits, "dropped": {"too_short": i}, "quarantined": int(source == "champ"),
-                "origin": {"package": f"{source.replace('_', '-')}-dataset", "version": f"1.{i}.0", "license": "Apache-2.0"},
+                "origin": {"kind": "embedded", "about": f"documents of {source}", "packages": [{"package": f"{source.replace('_', '-')}-dataset", "version": f"1.{i}.0", "sha256": "e" * 64, "licence": "Apache-2.0"}]},
             }  # fmt: skip
         missing = [{"name": "science", "reason": "package scipy-docs not found"}] if name == "corpus" else []
         io.atomic_write_json(work.path / "sources.json", {"sources": records, "missing": missing, "control_groups": ["Chad", "Fiji"] if name == "corpus" else []})

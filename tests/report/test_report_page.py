@@ -15,6 +15,7 @@ from fixture_run import SOURCES, FixtureRun, whole_run, write_report
 from megatron_r1.artifacts.base import Artifact, open_artifact, open_workspace
 from megatron_r1.report.collect import collect
 from megatron_r1.report.config import ReportConfig, ReportInputs, describe
+from megatron_r1.report.records import origin_parts
 from megatron_r1.utils.errors import ArtifactError
 
 NBSP = "\N{NO-BREAK SPACE}"
@@ -92,7 +93,7 @@ def test_every_step_fingerprint_source_and_machine_is_named(outline: Outline, wh
         assert artifact.manifest.machine["cpu"] in outline.text
         assert artifact.manifest.versions["torch"] in outline.text
     for source in SOURCES:
-        assert f"{source.replace('_', '-')}-dataset 1." in outline.text
+        assert re.search(f"{source.replace('_', '-')}-dataset 1\\.\\d\\.0 \\(Apache-2.0\\)", outline.text)
 
 
 def test_distractors_are_labelled_and_others_are_not(page: str) -> None:
@@ -233,3 +234,17 @@ def test_paired_changes_are_read_by_their_interval_and_direction(outline: Outlin
     assert "chain_sum accuracy 200 +45.0 points +40.0 to +50.0 better" in text
     assert "country_mcq accuracy 160 0.0 points -5.0 to +5.0 no clear change" in text
     assert "text_code bits per byte 48 +0.200 +0.150 to +0.250 worse" in text
+
+
+@pytest.mark.parametrize(
+    ("origin", "parts"),
+    [
+        ({"packages": [{"package": "a", "version": "1", "sha256": "0", "licence": "MIT"}]}, ["a 1 (MIT)"]),
+        ({"installed": {"sympy": "1.14", "mpmath": "1.3"}, "python": "3.11.7"}, ["sympy 1.14 (as installed)", "mpmath 1.3 (as installed)", "Python 3.11.7"]),
+        ({"files": [{"name": "x.jsonl", "bytes": 1, "sha256": "0"}]}, ["x.jsonl"]),
+        ({"files": [{"name": f"{i}.txt", "bytes": 1, "sha256": "0"} for i in range(3)]}, ["3 files, 0.txt and on"]),
+        ({"kind": "embedded"}, []),
+    ],
+)
+def test_origin_in_words(origin: dict, parts: list[str]) -> None:
+    assert origin_parts(origin) == parts
