@@ -28,8 +28,8 @@ class EvaluateInputs(Frozen):
 class BitsPerByteSettings(Frozen):
     """Held-out text, per source and per domain."""
 
-    documents: int = Field(48, gt=0, description="held-out documents scored per source, drawn with the step's seed (all of them when there are fewer)")
-    windows_per_document: int = Field(2, gt=0, description="windows scored per document; a longer document gives that many, drawn with the step's seed")
+    documents: int = Field(32, gt=0, description="held-out documents scored per source, drawn with the step's seed (all of them when there are fewer)")
+    windows_per_document: int = Field(1, gt=0, description="windows scored per document; a longer document gives that many, drawn with the step's seed")
     seq_length: int = Field(256, gt=1, description="tokens of one window")
     sources: list[str] | None = Field(None, description="sources to score; by default every text source of the shards with held-out documents, distractors excepted")
 
@@ -38,7 +38,7 @@ class GeneratedSettings(Frozen):
     """Procedurally generated questions whose answers are verified, held out by template."""
 
     names: list[str] = Field(default=list(DEFAULT_GENERATED), description="task names (data/tasks.py)")
-    samples: int = Field(48, gt=0, description="questions per task")
+    samples: int = Field(40, gt=0, description="questions per task")
     max_new_tokens: int = Field(64, gt=0, description="longest answer in tokens")
 
     @field_validator("names")
@@ -65,14 +65,14 @@ class HumanEvalRankingSettings(Frozen):
     """The true solution of a HumanEval problem against three other problems' solutions, by likelihood."""
 
     problems: int = Field(164, gt=0, le=164, description="problems ranked, the first ones of the set")
-    max_tokens: int = Field(256, gt=8, description="tokens of prompt and solution together; longer prompts lose their beginning, longer solutions their end")
+    max_tokens: int = Field(160, gt=8, description="tokens of prompt and solution together; longer prompts lose their beginning, longer solutions their end")
 
 
 class HumanEvalPassSettings(Frozen):
     """HumanEval pass@1 with greedy decoding: generated code is run against the problem's tests."""
 
     problems: int = Field(164, gt=0, le=164, description="problems attempted, the first ones of the set")
-    max_new_tokens: int = Field(96, gt=0, description="longest completion in tokens")
+    max_new_tokens: int = Field(64, gt=0, description="longest completion in tokens")
     timeout_seconds: float = Field(3.0, gt=0, description="wall-clock limit of one problem's tests")
     memory_mib: int = Field(512, gt=0, description="address-space limit of the process that runs one problem's tests")
 

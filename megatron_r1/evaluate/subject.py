@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,44 +11,50 @@ from torch import Tensor
 
 from megatron_r1.model.forward import token_losses
 from megatron_r1.model.generate import Decoder, decoder_of, generate, whole
+from megatron_r1.utils.logging import progress
 
 PADDING_SEGMENT = -1
+SHOWN_FROM = 20_000
+"""Tokens of one call from which on its progress is shown."""
 
 
 class CheckpointSubject:
-    """`Subject` over a loaded model. `tokens_per_batch` bounds the padded tokens of one scoring batch.
+    """`Subject` over a loaded model. `tokens_per_batch` bounds the padded tokens of one scoring batch."""
 
-    `advance` is called with the number of tokens read or written, for a progress bar.
-    """
-
-    def __init__(self, model: Any, *, batch_size: int, tokens_per_batch: int, advance: Callable[[int], None] = lambda n: None) -> None:
+    def __init__(self, model: Any, *, batch_size: int, tokens_per_batch: int) -> None:
         self._model = model
         self._device = next(whole(model).parameters()).device
         self._decoder: Decoder | None = None
         self._batch_size, self._tokens_per_batch = batch_size, tokens_per_batch
-        self.advance = advance
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
         """Greedy continuations (model/generate.py)."""
         if self._decoder is None:
             self._decoder = decoder_of(self._model)
-        results = []
-        for start in range(0, len(prompts), self._batch_size):
-            batch = generate(self._decoder, prompts[start : start + self._batch_size], max_new_tokens, stop_ids, batch_size=self._batch_size)
-            self.advance(sum(map(len, prompts[start : start + self._batch_size])) + sum(map(len, batch)))
-            results += batch
+        results: list[list[int]] = [[] for _ in prompts]
+        by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        total = sum(map(len, prompts)) + len(prompts) * max_new_tokens
+        with progress("writing answers", total, enabled=total >= SHOWN_FROM) as bar:
+            for start in range(0, len(prompts), self._batch_size):
+                indices = by_length[start : start + self._batch_size]
+                batch = [prompts[index] for index in indices]
+                for index, tokens in zip(indices, generate(self._decoder, batch, max_new_tokens, stop_ids, batch_size=self._batch_size), strict=True):
+                    results[index] = tokens
+                bar.advance(sum(map(len, batch)) + len(batch) * max_new_tokens)
         return results
 
     @torch.no_grad()
     def token_nats(self, windows: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Negative log-likelihood of each token after the first (model/forward.py): one float64 array [t - 1] per window of t tokens."""
         results: list[np.ndarray] = [np.empty(0)] * len(windows)
-        for indices in batches([len(window) for window in windows], self._tokens_per_batch):
-            batch = {name: tensor.to(self._device) for name, tensor in _padded([windows[index] for index in indices]).items()}
-            losses = token_losses(self._model, batch).double().cpu().numpy()
-            for row, index in enumerate(indices):
-                results[index] = losses[row, : len(windows[index]) - 1].copy()
-                self.advance(len(windows[index]))
+        total = sum(map(len, windows))
+        with progress("scoring text", total, enabled=total >= SHOWN_FROM) as bar:
+            for indices in batches([len(window) for window in windows], self._tokens_per_batch):
+                batch = {name: tensor.to(self._device) for name, tensor in _padded([windows[index] for index in indices]).items()}
+                losses = token_losses(self._model, batch).double().cpu().numpy()
+                for row, index in enumerate(indices):
+                    results[index] = losses[row, : len(windows[index]) - 1].copy()
+                    bar.advance(len(windows[index]))
         return results
 
 

@@ -35,9 +35,31 @@ class Generated:
 
     def run(self, bench: Bench) -> Outcome:
         """Two results per task and the pooled share."""
-        measurements: list[Measurement] = []
-        samples: list[dict[str, Any]] = []
-        every: list[dict[str, Any]] = []
+        items = self._items(bench)
+        prompts = [prompt(bench.tokenizer, item["question"]) for item in items]
+        references = [solution(item) for item in items]
+        written = bench.subject.generate(prompts, self.settings.max_new_tokens, bench.stop_ids)
+        ends = bench.stop_ids[-1:]
+        nats = continuation_nats(bench.subject, [(p, [*bench.tokenizer.encode(r), *ends]) for p, r in zip(prompts, references, strict=True)])
+        scorers = {name: gym_scorer(name) for name in {item["task"] for item in items}}
+        samples = []
+        for item, tokens, reference, cost in zip(items, written, references, nats, strict=True):
+            text = bench.tokenizer.decode(tokens)
+            answer = extract(text, item["numeric"])
+            samples.append(
+                {
+                    "task": item["task"], "template": item["template"], "question": item["question"], "text": text, "answer": answer,
+                    "truth": item["answer"], "correct": same(answer, item["answer"]), "gym_score": scorers[item["task"]](answer, item),
+                    "cut": len(tokens) == self.settings.max_new_tokens, "reference": reference, "reference_nats": cost,
+                }
+            )
+        measurements = [m for name in dict.fromkeys(s["task"] for s in samples) for m in self._task(bench, name, [s for s in samples if s["task"] == name])]
+        shown = prompt_hash(s["question"] for s in samples)
+        measurements.append(share(POOLED, "pooled", "accuracy", [s["correct"] for s in samples], None, shown, "every question above, pooled"))
+        return Outcome(measurements, samples)
+
+    def _items(self, bench: Bench) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
         for name in self.settings.names:
             try:
                 items = list(task_items(name, SPLIT, self.settings.samples, derive_seed(bench.seed, "evaluate", self.name)))
@@ -45,42 +67,21 @@ class Generated:
                 raise TaskDropped(str(problem)) from problem
             if not items:
                 log.warning("%s holds no held-out question; left out", name)
-                continue
-            asked, measured = self._task(bench, name, items)
-            samples += asked
-            measurements += measured
-            every += asked
-        shown = prompt_hash(sample["question"] for sample in every)
-        measurements.append(share(POOLED, "pooled", "accuracy", [sample["correct"] for sample in every], None, shown, "every question above, pooled"))
-        return Outcome(measurements, samples)
+            found += items
+        return found
 
-    def _task(self, bench: Bench, name: str, items: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Measurement]]:
-        prompts = [prompt(bench.tokenizer, item["question"]) for item in items]
-        written = bench.subject.generate(prompts, self.settings.max_new_tokens, bench.stop_ids)
-        references = [solution(item) for item in items]
-        ends = bench.stop_ids[-1:]
-        nats = continuation_nats(bench.subject, [(p, [*bench.tokenizer.encode(r), *ends]) for p, r in zip(prompts, references, strict=True)])
-        scorer = gym_scorer(name)
-        samples = []
-        for item, tokens, reference, cost in zip(items, written, references, nats, strict=True):
-            text = bench.tokenizer.decode(tokens)
-            answer = extract(text, item["numeric"])
-            samples.append(
-                {
-                    "task": name, "template": item["template"], "question": item["question"], "text": text, "answer": answer, "truth": item["answer"],
-                    "correct": same(answer, item["answer"]), "gym_score": scorer(answer, item), "cut": len(tokens) == self.settings.max_new_tokens,
-                    "reference": reference, "reference_nats": cost,
-                }
-            )
-        shown = prompt_hash([item["question"], item["answer"]] for item in items)
-        common, count = Counter(item["answer"] for item in items).most_common(1)[0]
-        note = f"chance: always answering {common!r}" + (f"; {sum(s['cut'] for s in samples)} of {len(samples)} answers cut" if any(s["cut"] for s in samples) else "")
-        sizes = [len(reference.encode("utf-8")) for reference in references]
-        return samples, [
-            share(name, "generated", "accuracy", [s["correct"] for s in samples], count / len(items), shown, note),
+    def _task(self, bench: Bench, name: str, samples: list[dict[str, Any]]) -> list[Measurement]:
+        common, count = Counter(s["truth"] for s in samples).most_common(1)[0]
+        cut = sum(s["cut"] for s in samples)
+        note = f"chance: always answering {common!r}" + (f"; {cut} of {len(samples)} answers cut" if cut else "")
+        references = [s["reference"] for s in samples]
+        return [
+            share(
+                name, "generated", "accuracy", [s["correct"] for s in samples], count / len(samples), prompt_hash([s["question"], s["truth"]] for s in samples), note
+            ),
             bits_per_byte(
-                f"{name}: solution", "solutions", nats, sizes, bench.bootstrap, bench.rng(self.name, name), prompt_hash(references),
-                "the reference solution, given the question",
+                f"{name}: solution", "solutions", [s["reference_nats"] for s in samples], [len(r.encode("utf-8")) for r in references], bench.bootstrap,
+                bench.rng(self.name, name), prompt_hash(references), "the reference solution, given the question",
             ),
         ]
 

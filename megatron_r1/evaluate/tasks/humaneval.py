@@ -6,12 +6,15 @@ nats per token given the problem's prompt. A guesser is right in one of four. pa
 
 from __future__ import annotations
 
+import ast
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from megatron_r1.evaluate.config import HumanEvalPassSettings, HumanEvalRankingSettings
 from megatron_r1.evaluate.results import Outcome, prompt_hash, share
-from megatron_r1.evaluate.sandbox import guards, run_program
+from megatron_r1.evaluate.sandbox import Execution, guards, run_program
 from megatron_r1.evaluate.task import Bench, TaskDropped, continuation_nats
 from megatron_r1.utils.errors import EnvironmentProblem
 
@@ -105,14 +108,32 @@ class PassAtOne:
         except EnvironmentProblem as problem:
             raise TaskDropped(str(problem)) from problem
         written = bench.subject.generate([bench.tokenizer.encode(p.prompt) for p in problems], self.settings.max_new_tokens, bench.stop_ids)
-        samples, correct = [], []
-        for problem, tokens in zip(problems, written, strict=True):
-            completion = first_block(bench.tokenizer.decode(tokens))
-            execution = run_program(problem.program(completion), self.settings.timeout_seconds, self.settings.memory_mib)
-            correct.append(execution.status == "passed")
-            samples.append({"id": problem.id, "completion": completion, "status": execution.status, "detail": execution.detail, "correct": correct[-1]})
+        completions = [first_block(bench.tokenizer.decode(tokens)) for tokens in written]
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            judged = list(pool.map(self._judge, problems, completions))
+        correct = [execution.status == "passed" for execution in judged]
+        samples = [
+            {"id": problem.id, "completion": completion, "status": execution.status, "detail": execution.detail, "correct": execution.status == "passed"}
+            for problem, completion, execution in zip(problems, completions, judged, strict=True)
+        ]
         note = f"greedy, at most {self.settings.max_new_tokens} tokens; run with limits and {', '.join(held) or 'no kernel guard'}"
         return Outcome([share("HumanEval", "code", "pass@1", correct, None, prompt_hash(p.prompt for p in problems), note)], samples)
+
+    def _judge(self, problem: Problem, completion: str) -> Execution:
+        program = problem.program(completion)
+        error = syntax_error(program)
+        if error is not None:  # most of what a small model writes: no process needed
+            return Execution("failed", error, ())
+        return run_program(program, self.settings.timeout_seconds, self.settings.memory_mib)
+
+
+def syntax_error(source: str) -> str | None:
+    """Why `source` is not a Python program, or None. Parses only; runs nothing."""
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return f"{type(error).__name__}: {error}"[:500]
+    return None
 
 
 def first_block(text: str) -> str:
