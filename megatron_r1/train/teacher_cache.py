@@ -52,7 +52,7 @@ def _compute(cache: TopKCache, chunk: int, dataset: Dataset, teacher: Teacher, c
     for first in range(rows.start, rows.stop, size):
         batch = to_tensors(dataset.batch(range(first, min(first + size, rows.stop))), ctx.device)
         values, ids = top_k(teacher, batch, config.reset_documents, shard, cache.top_k, config.distill.temperature)
-        logprobs.append(values.half().cpu())
+        logprobs.append(values.float().cpu())
         indices.append(ids.int().cpu())
     if ctx.tensor_rank == 0:
         cache.write(chunk, torch.cat(logprobs), torch.cat(indices))

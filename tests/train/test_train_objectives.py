@@ -139,15 +139,7 @@ def test_distillation(ctx, kind, temperature, weight, tmp_path):
         objective = Distill(2, ctx.device, config, cache=cache)
     else:
         objective = Distill(2, ctx.device, config, teacher=trained_teacher(teacher) if kind == "trained" else Plain(teacher))
-    # The cache rounds log-probabilities to float16.
-    found, wanted = through_the_schedule(ctx, objective, batches), by_hand(ctx, batches, per_token)
-    if kind == "cache":
-        assert found[0] == pytest.approx(wanted[0], rel=3e-3)
-        dot = sum(float((found[1][n] * wanted[1][n]).sum()) for n in wanted[1])
-        norms = [sum(float((g[n] ** 2).sum()) for n in wanted[1]) ** 0.5 for g in (found[1], wanted[1])]
-        assert dot / norms[0] / norms[1] > 0.9999
-    else:
-        equal(found, wanted)
+    equal(through_the_schedule(ctx, objective, batches), by_hand(ctx, batches, per_token))
 
 
 def embedding_gradient(ctx, batch):
