@@ -152,6 +152,7 @@ class TrainConfig(StageConfig):
     reset_optimizer: bool = Field(True, description="start a new phase with fresh optimizer moments (false: carry the input checkpoint's)")
     layout: LayoutConfig = Field(LayoutConfig(), description="tensor, pipeline, context and data parallelism")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="number format of forward and backward; optimizer state is fp32 in both")
+    recompute: bool = Field(False, description="compute each layer's activations again in the backward pass: less memory, a third more computation")
     reset_documents: bool = Field(True, description="no attention across documents of a packed sequence (false: allowed, as in the published recipe)")
     sources: dict[str, float] | Literal["natural", "uniform"] | None = Field(
         None, description="share of every source, instead of a mixture step: numbers, or natural (by tokens), or uniform"

@@ -124,7 +124,7 @@ def model_of(config: TrainConfig, shards: ShardSet, parent: CheckpointSet | None
 
 def build(config: TrainConfig, model: ModelConfig, ctx: ParallelContext) -> tuple[list[nn.Module], Any]:
     """Wrapped chunks with initial weights, and their optimizer."""
-    chunks = wrap(build_model(model, ctx, seed=config.seed or 0, precision=config.precision), config.layout, ctx)
+    chunks = wrap(build_model(model, ctx, seed=config.seed or 0, precision=config.precision, recompute=config.recompute), config.layout, ctx)
     settings = config.optimizer
     optimizer = build_optimizer(
         chunks, lr=config.lr.peak, betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay, clip=settings.clip,

@@ -241,6 +241,11 @@ def test_the_same_settings_give_the_same_bytes(tmp_path, shards, first):
     assert final_bytes(other) != final_bytes(first)
 
 
+def test_recomputation_changes_no_bit(tmp_path, shards):
+    plain, again = (train(tmp_path, settings(recompute=recompute), f"recompute{recompute}", shards=shards) for recompute in (False, True))
+    assert final_bytes(plain) == final_bytes(again)
+
+
 def test_bf16_keeps_fp32_state_across_phases(tmp_path, shards):
     base = {"precision": "bf16", "lr": {"peak": 1e-6}, "optimizer": {"weight_decay": 0.0}}
     one = train(tmp_path, settings(**base), "one", shards=shards)
