@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from megatron_r1.evaluate.config import CountryMcqSettings
 from megatron_r1.evaluate.task import TaskDropped
 from megatron_r1.evaluate.tasks import country_mcq
-from megatron_r1.evaluate.tasks.country_mcq import FIELDS, CountryMcq, blocks, given_away
-from megatron_r1.utils.errors import EnvironmentProblem
+from megatron_r1.evaluate.tasks.country_mcq import FIELDS, CountryMcq, blocks, countries, given_away
+from megatron_r1.utils.errors import DataError, EnvironmentProblem
 
 LETTERS = "bcdfghjklmnpqrstvwxz"
 
@@ -122,6 +122,38 @@ def test_blocks_are_balanced_and_use_a_fact_once(seed, wanted):
 )
 def test_given_away(names, value, given_):
     assert given_away(names, value) is given_
+
+
+class Groups:
+    """Shards that hold documents about some countries."""
+
+    def __init__(self, trained, control):
+        self.sources = {"know": None, "empty": None}
+        self._trained = [f"country:{name}" for name in trained] + [""]
+        self.control_groups = [f"country:{name}" for name in control]
+
+    def split(self, source, split):
+        assert split == "train"
+        return type("Shard", (), {"groups": self._trained if source == "know" else []})
+
+
+ALL = {fact["country"] for fact in FACTS}
+
+
+def test_the_shards_say_who_was_trained_on():
+    """A country of the test or probe split is neither: not asked at all."""
+    trained = sorted(ALL - set(CONTROL))[:25]
+    assert countries(Groups(trained, CONTROL), ALL, set(CONTROL)) == (set(trained), set(CONTROL))
+    assert countries(Groups(trained, CONTROL[:7]), ALL, set(CONTROL)) == (set(trained), set(CONTROL[:7]))
+    assert countries(None, ALL, set(CONTROL)) == (ALL - set(CONTROL), set(CONTROL))
+    assert countries(Groups([], []), ALL, set(CONTROL)) == (ALL - set(CONTROL), set(CONTROL))
+
+
+def test_a_void_control_is_an_error_and_a_missing_one_is_left_out(make_bench):
+    with pytest.raises(DataError, match=CONTROL[3]):
+        run(make_bench(shards=Groups([CONTROL[3], "x"], CONTROL)))
+    _, found = run(make_bench(shards=Groups(sorted(ALL - set(CONTROL)), [])))
+    assert list(found) == ["countries, text"]
 
 
 def test_without_the_package_the_task_is_dropped(make_bench, monkeypatch):

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.data.chat import render
-from megatron_r1.data.factbook import control_countries, country_facts
+from megatron_r1.data.factbook import control_countries, country_facts, country_group
+from megatron_r1.data.tasks import ANSWER_MARK
 from megatron_r1.evaluate.config import CountryMcqSettings
 from megatron_r1.evaluate.results import Measurement, Outcome, prompt_hash, share
 from megatron_r1.evaluate.task import Bench, TaskDropped, continuation_nats
-from megatron_r1.utils.errors import EnvironmentProblem
+from megatron_r1.utils.errors import DataError, EnvironmentProblem
 from megatron_r1.utils.logging import get_logger
 
 log = get_logger("evaluate.country_mcq")
@@ -30,11 +31,13 @@ CHANCE = 1 / OPTIONS
 SHARED_LETTERS = 3
 _WORD = re.compile(r"\w+")
 
-# field -> (text to go on with, question of a user)
+CONTROL, TRAINED = "held-out countries", "countries"
+
+# field -> (text to go on with, question of a user), worded as in the training text: recall is tested, not paraphrase.
 FIELDS = {
     "capital": ("The capital of {country} is", "What is the capital of {country}?"),
-    "currency": ("The currency of {country} is", "What is the currency of {country}?"),
-    "language": ("The main language of {country} is", "What is the main language of {country}?"),
+    "currency": ("The currency of {country} is called", "What is the currency of {country}?"),
+    "language": ("A main language of {country} is", "What is the main language of {country}?"),
 }
 
 
@@ -65,15 +68,18 @@ class CountryMcq:
             raise TaskDropped(str(problem)) from problem
         measurements: list[Measurement] = []
         samples: list[dict[str, Any]] = []
+        trained, control = countries(bench.shards, {fact["country"] for fact in facts}, held_out)
         pools = {
-            "countries": ([fact for fact in facts if fact["country"] not in held_out], self.settings.questions),
-            "held-out countries": ([fact for fact in facts if fact["country"] in held_out], self.settings.control_questions),
+            TRAINED: ([fact for fact in facts if fact["country"] in trained], self.settings.questions),
+            CONTROL: ([fact for fact in facts if fact["country"] in control], self.settings.control_questions),
         }
         for pool, (pool_facts, wanted) in pools.items():
             questions = blocks(pool_facts, wanted, bench.rng(self.name, pool))
             if len(questions) < wanted - wanted % OPTIONS:
                 log.info("%s: %d questions can be asked, %d were wanted", pool, len(questions), wanted)
-            group = "control" if pool == "held-out countries" else "knowledge"
+            if not questions:
+                continue
+            group = "control" if pool == CONTROL else "knowledge"
             for form in ("text", "chat") if bench.tokenizer.chat_template is not None else ("text",):
                 asked = self._ask(bench, questions, form)
                 shown = prompt_hash([FIELDS[q.field][form == "chat"], q.country, *q.options] for q in questions)
@@ -94,6 +100,29 @@ class CountryMcq:
                 {"country": q.country, "field": q.field, "options": list(q.options), "right": q.right, "nats_per_token": scores.tolist(), "block": q.block, "correct": correct}
             )
         return asked
+
+
+def countries(shards: Any | None, known: set[str], held_out: set[str]) -> tuple[set[str], set[str]]:
+    """(countries the model may have read about, countries it may not have), by the shards' own document groups.
+
+    Without shards, or when no training document is about a country, the list of held-out countries alone decides.
+    Raises DataError when a held-out country has training documents: the control would be void.
+    """
+    seen: set[str] = set()
+    for name in shards.sources if shards is not None else ():
+        seen |= set(shards.split(name, "train").groups)
+    read = {country for country in known if country_group(country) in seen}
+    if not read:
+        return known - held_out, held_out
+    control = {country for country in held_out if country_group(country) in set(shards.control_groups)} if shards is not None else held_out
+    if leaked := control & read:
+        raise DataError(
+            expected="no training document about a held-out country", found=f"some about {', '.join(sorted(leaked)[:4])}",
+            fix="make the shards again with this release, or switch the task off with `tasks: {country_mcq: null}`",
+        )
+    if not control:
+        log.warning("the shards hold no country out (splits.control_countries: 0): the control is left out")
+    return read, control
 
 
 def blocks(facts: list[dict[str, str]], wanted: int, rng: np.random.Generator) -> list[Question]:
@@ -147,4 +176,4 @@ def context(tokenizer: Any, question: Question, form: str) -> list[int]:
 
 def continuation(bench: Bench, option: str, form: str) -> list[int]:
     """One option as the model would write it."""
-    return bench.tokenizer.encode(f" {option}." if form == "text" else option)
+    return bench.tokenizer.encode(f" {option}." if form == "text" else f"{ANSWER_MARK} {option}")
