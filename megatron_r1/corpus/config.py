@@ -90,7 +90,7 @@ class SplitConfig(Frozen):
     probe: float = Field(0.05, ge=0, lt=0.5, description="share of groups from which probe sets are drawn; never trained on")
     test: float = Field(0.05, ge=0, lt=0.5, description="share of groups kept for evaluation; never trained on nor probed")
     control_countries: int = Field(40, ge=0, description="countries nothing may be learned about: whatever is about one of them goes to the split `control`")
-    salt: str = Field("megatron-r1", description="key of the hash; change it and every document may change its split")
+    salt: str = Field("megatron-r1/19", description="key of the hash; change it and every document may change its split")
 
 
 class DecontaminateConfig(Frozen):

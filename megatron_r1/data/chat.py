@@ -57,6 +57,11 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, add_generation_pro
         for token, start in zip(tokens, starts):
             put([token], learn if start >= len(head) else 0)
 
+    def plain(text: str) -> list[int]:
+        if text not in tokenizer.short:
+            tokenizer.short[text] = tokenizer.encode(text)
+        return tokenizer.short[text]
+
     if style == "llama3" and tokenizer.bos_id is not None:
         put([tokenizer.bos_id])
     for message in messages:
@@ -64,7 +69,7 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, add_generation_pro
         learn = int(role == "assistant")
         if style == "llama3":
             put([special["header_start"]])
-            put(tokenizer.encode(role))
+            put(plain(role))
             put([special["header_end"]])
             put_text("\n\n", content, learn)
         else:
@@ -72,11 +77,11 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, add_generation_pro
             put_text(role + "\n", content, learn)
         put([special["end"]], learn)
         if style == "chatml":
-            put(tokenizer.encode("\n"))
+            put(plain("\n"))
     if add_generation_prompt:
         if style == "llama3":
             put([special["header_start"]])
-            put(tokenizer.encode("assistant"))
+            put(plain("assistant"))
             put([special["header_end"]])
             put_text("\n\n", "", 0)
         else:

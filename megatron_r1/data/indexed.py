@@ -1,8 +1,8 @@
 """Megatron's indexed dataset: `<prefix>.bin` (tokens end to end) and `<prefix>.idx`, byte for byte as megatron.core reads it.
 
 The .idx, little-endian: b"MMIDIDX\\0\\0", uint64 version 1, uint8 dtype code, uint64 sequences, uint64 documents,
-int32 lengths[sequences], int64 byte offsets[sequences], int64 document_indices[documents]. Every sequence is one document here,
-so document_indices is 0 ... sequences.
+int32 lengths[sequences], int64 byte offsets[sequences], int64 document_indices[documents] with "documents" one more than there
+are. Every sequence is one document here, so document_indices is 0 ... sequences.
 
 Beside every data file lies `<file>.crc`: uint32 CRC-32 of each block of BLOCK bytes. Blocks are checked when first read, so
 a flipped bit is found where it is used, at the cost of one pass over what is used.
@@ -140,6 +140,8 @@ class IndexedWriter:
 
     def __init__(self, prefix: Path, dtype: np.dtype, masked: bool = False) -> None:
         self.prefix, self.dtype = Path(prefix), np.dtype(dtype)
+        # An index of an earlier run must not be found beside this run's data.
+        suffixed(self.prefix, ".idx").unlink(missing_ok=True)
         self._bin = BlockWriter(suffixed(self.prefix, ".bin"))
         self._mask = BlockWriter(suffixed(self.prefix, ".mask")) if masked else None
         self.lengths: list[int] = []

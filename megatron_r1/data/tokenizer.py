@@ -155,6 +155,8 @@ class Tokenizer:
 
     def __init__(self, folder: Path, info: TokenizerInfo, backend: Backend) -> None:
         self.folder, self.info, self.backend = folder, info, backend
+        self.short: dict[str, list[int]] = {}
+        """Ids of role names and the like, which every conversation repeats."""
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
