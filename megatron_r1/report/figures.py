@@ -274,13 +274,27 @@ def decimals_for(scale: float, cell: Cell) -> int:
     return 2 if size < 10 else 1 if size < 100 else 0
 
 
-def evaluation_dots(evaluated: Sequence[Evaluated], share: bool) -> Figure | None:
-    """One row a task, one mark with its interval a model. `share`: tasks scored as shares of right answers; else the rest."""
-    picked = [(e, {r.key: r for r in e.results if is_share(r) == share}) for e in evaluated]
+EVALUATIONS = {
+    "answers": "right answers (%); a grey bar marks chance",
+    "text": "bits per byte of held-out text (lower is better)",
+    "solutions": "bits per byte of the right solution, given the question (lower is better)",
+}
+
+
+def evaluation_kind(result: Result) -> str:
+    """Which of the evaluation figures a result belongs to; "" for none."""
+    kind = "answers" if is_share(result) else result.group
+    return kind if kind in EVALUATIONS else ""
+
+
+def evaluation_dots(evaluated: Sequence[Evaluated], kind: str) -> Figure | None:
+    """One row a task, one mark with its interval a model. `kind`: a key of EVALUATIONS."""
+    picked = [(e, {r.key: r for r in e.results if evaluation_kind(r) == kind}) for e in evaluated]
     picked = [(e, results) for e, results in picked if results]
     keys = list(dict.fromkeys(key for _, results in picked for key in results))
     if not keys:
         return None
+    share = kind == "answers"
     factor = 100 if share else 1
     spread = 0.62 / max(1, len(picked))
 
@@ -296,14 +310,13 @@ def evaluation_dots(evaluated: Sequence[Evaluated], share: bool) -> Figure | Non
         axes.set_ylim(len(keys) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("right answers (%); a grey bar marks chance" if share else "bits per byte of held-out text (lower is better)")
+        axes.set_xlabel(EVALUATIONS[kind])
         if share:
             axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
         _legend_on_top(axes)
 
-    kind = "shares of right answers" if share else "bits per byte"
-    name = "evaluation_answers" if share else "evaluation_text"
-    return draw(name, f"Evaluation, {kind}, per task and model; the table below has every number.", (6.2, 1.3 + 0.14 * len(keys) * (len(picked) + 1.2)), paint)
+    alt = f"Evaluation, {EVALUATIONS[kind]}, per task and model; the table below has every number."
+    return draw(f"evaluation_{kind}", alt, (6.2, 1.3 + 0.14 * len(keys) * (len(picked) + 1.2)), paint)
 
 
 def _chance_marks(axes: Axes, keys: list, picked: list[tuple[Evaluated, Mapping]], factor: float) -> None:
@@ -315,7 +328,7 @@ def _chance_marks(axes: Axes, keys: list, picked: list[tuple[Evaluated, Mapping]
 
 def _label(key: tuple[str, str], picked: list[tuple[Evaluated, Mapping]]) -> str:
     result = next(results[key] for _, results in picked if key in results)
-    return result.task + (" (control)" if is_control(result) and "control" not in result.task else "")
+    return result.task.removesuffix(": solution") + (" (control)" if is_control(result) and "control" not in result.task else "")
 
 
 def is_share(result: Result) -> bool:

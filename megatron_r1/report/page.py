@@ -51,7 +51,7 @@ class Drawn:
 def draw_all(run: Run, points: int) -> Drawn:
     """Every figure the run has data for."""
     noise = run.distractors
-    evaluation = [figures.evaluation_dots(run.evaluated, share) for share in (True, False)]
+    evaluation = [figures.evaluation_dots(run.evaluated, kind) for kind in figures.EVALUATIONS]
     return Drawn(
         influence={i.step: figures.influence_map(i, source_order(run, i.cells), noise) for i in run.influences},
         validity={i.step: f for i in run.influences if (f := figures.validity_scatter(i)) is not None},

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
-from megatron_r1.report.records import MixtureView, Result, Run, Trained
+from megatron_r1.report.records import Evaluated, MixtureView, Result, Run, Trained
 
 Status = Literal["ok", "partly", "not ok", "absent"]
 ZERO_WEIGHT = 1e-9
@@ -181,49 +182,83 @@ def _beats_uniform(run: Run) -> Verdict:
     return Verdict(key, claim, _status(good, bad), f"Final probe loss in nats per token: {_join(gaps)}. {seeds}")
 
 
-def sft_and_base(run: Run) -> tuple[tuple[Trained, tuple[tuple[Result, Result], ...]], ...]:
-    """Each fine-tuned model with (its result, its base's result) for every generated task both were tested on.
+@dataclass(frozen=True)
+class Lift:
+    """A fine-tuned model's share of right answers on generated tasks against its base's, with the gap's 95 % interval."""
 
-    The base is the model it started from; where that was not evaluated, the evaluation it was compared with.
+    step: str
+    after: float
+    before: float
+    gap: float
+    low: float
+    high: float
+    how: str
+
+    @property
+    def sentence(self) -> str:
+        """The lift in words."""
+        return (
+            f"{self.step}: {100 * self.after:.1f} % against {100 * self.before:.1f} % {self.how}, "
+            f"difference {100 * self.gap:+.1f} points (95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f})"
+        )
+
+
+def lifts(run: Run) -> tuple[Lift, ...]:
+    """One per fine-tuned model that was evaluated.
+
+    The base is the model it started from; where that was not evaluated, the evaluation it was compared with. Questions are
+    compared one by one where the evaluation holds that comparison, else mean against mean.
     """
     found = []
     for trained in run.trained:
         after = run.evaluation_of(trained.step)
-        named = next((e for e in run.evaluated if after is not None and e.step == after.baseline), None)
-        before = run.evaluation_of(trained.start) or named
-        if trained.objective != "sft" or after is None or before is None:
+        if trained.objective != "sft" or after is None:
             continue
-        base = {r.key: r for r in before.results}
-        matched = tuple((r, base[r.key]) for r in after.results if is_generated(r) and r.key in base)
-        if matched:
-            found.append((trained, matched))
+        named = next((e for e in run.evaluated if e.step == after.baseline), None)
+        before = run.evaluation_of(trained.start) or named
+        lift = before and (_paired(trained.step, after, before) or _unpaired(trained.step, after, before))
+        if lift:
+            found.append(lift)
     return tuple(found)
+
+
+def _paired(step: str, after: Evaluated, before: Evaluated) -> Lift | None:
+    pooled = next((r for r in after.results if r.group == "pooled"), None)
+    if pooled is None or after.baseline != before.step:
+        return None
+    change = next((c for c in after.changes if (c.task, c.metric) == pooled.key), None)
+    if change is None:
+        return None
+    how = f"of {change.n} questions, compared one by one"
+    return Lift(step, pooled.value, pooled.value - change.difference, change.difference, change.low, change.high, how)
+
+
+def _unpaired(step: str, after: Evaluated, before: Evaluated) -> Lift | None:
+    base = {r.key: r for r in before.results}
+    matched = [(r, base[r.key]) for r in after.results if is_generated(r) and r.key in base]
+    if not matched:
+        return None
+    (a, va), (b, vb) = (_mean(list(side)) for side in zip(*matched, strict=True))
+    margin = Z95 * math.sqrt(va + vb)
+    return Lift(step, a, b, a - b, a - b - margin, a - b + margin, f"as a mean over {len(matched)} tasks")
 
 
 def is_generated(result: Result) -> bool:
     """True for tasks whose answer the model writes itself and a verifier checks."""
-    return result.group.startswith("generat") and result.higher_is_better
+    return result.group == "generated" and result.higher_is_better
 
 
 def _sft_above_base(run: Run) -> Verdict:
     key, claim = "sft_above_base", "Fine-tuning lifts the generated tasks above the model it started from"
-    cases = sft_and_base(run)
-    if not cases:
+    found = lifts(run)
+    if not found:
         return Verdict(key, claim, "absent", "Needs evaluations of a fine-tuned model and of the model it started from.")
-    good, bad, lines = [], [], []
-    for trained, matched in cases:
-        after, base = _pooled([a for a, _ in matched]), _pooled([b for _, b in matched])
-        gap = after[0] - base[0]
-        margin = Z95 * math.sqrt(after[1] + base[1])
-        (good if gap > margin else bad).append(trained.step)
-        lines.append(
-            f"{trained.step}: {100 * after[0]:.1f} % against {100 * base[0]:.1f} % over {len(matched)} tasks, "
-            f"difference {100 * gap:+.1f} ± {100 * margin:.1f} points"
-        )
-    return Verdict(key, claim, _status(good, bad), "; ".join(lines) + ".")
+    good = [lift.step for lift in found if lift.low > 0]
+    bad = [lift.step for lift in found if lift.low <= 0]
+    return Verdict(key, claim, _status(good, bad), "; ".join(lift.sentence for lift in found) + ".")
 
 
-def _pooled(results: list[Result]) -> tuple[float, float]:
+def _mean(results: list[Result]) -> tuple[float, float]:
     """Mean over tasks and its variance. Agresti-Coull (add 2 of 4) keeps the variance above zero at 0 % and 100 %."""
     mean = sum(r.value for r in results) / len(results)
     variance = 0.0
@@ -235,22 +270,24 @@ def _pooled(results: list[Result]) -> tuple[float, float]:
 
 def is_control(result: Result) -> bool:
     """True for the held-out groups that nothing in training can have taught."""
-    return "control" in result.group or "control" in result.task
+    return result.group == "control"
 
 
 def _control_at_chance(run: Run) -> Verdict:
+    """Several models are asked in several forms: with m looks at 95 %, one in 20 misses by luck, so the test divides 5 % by m."""
     key, claim = "control", "Questions about held-out countries stay at chance, so no answers leaked into training"
-    found = [(e, r) for e in run.evaluated for r in e.results if is_control(r) and r.chance is not None]
+    found = [(e, r, r.chance) for e in run.evaluated for r in e.results if is_control(r) and r.chance is not None]
     if not found:
         return Verdict(key, claim, "absent", "No evaluation with a held-out control group is among the inputs.")
-    good = [f"{e.model or e.step}" for e, r in found if r.low <= r.chance <= r.high]  # type: ignore[operator]
-    bad = [
-        f"{e.model or e.step}, {r.task} ({100 * r.value:.1f} %, interval {100 * r.low:.1f} to {100 * r.high:.1f} %)"
-        for e, r in found
-        if not r.low <= r.chance <= r.high  # type: ignore[operator]
-    ]
-    detail = f"Chance lies inside the 95 % interval in {len(good)} of {len(found)} evaluations"
-    return Verdict(key, claim, _status(good, bad), detail + (f"; outside for {_join(bad)}." if bad else "."))
+    z = NormalDist().inv_cdf(1 - 0.05 / (2 * len(found)))
+    good, bad = [], []
+    for evaluation, result, chance in found:
+        far = abs(result.value - chance) > z * math.sqrt(chance * (1 - chance) / result.n)
+        (bad if far else good).append(f"{evaluation.model or evaluation.step}, {result.task} ({100 * result.value:.1f} %)")
+    inside = sum(r.low <= chance <= r.high for _, r, chance in found)
+    detail = f"Chance lies inside the 95 % interval in {inside} of {len(found)} measurements; "
+    detail += f"off chance beyond what {len(found)} looks allow: {_join(bad) or 'none'}."
+    return Verdict(key, claim, _status(good, bad), detail)
 
 
 def _parity(run: Run) -> Verdict:

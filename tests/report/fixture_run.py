@@ -169,11 +169,13 @@ class FixtureRun:
             return {"task": task, "group": group, "metric": metric, "value": value, "n": n, "low": low, "high": high, "higher_is_better": True, "chance": chance, "prompt_sha256": "0" * 64, "note": note}
 
         results = [share(task, "generated", min(1.0, generated + 0.05 * i), 200, 0.1 if task == "gcd" else None) for i, task in enumerate(TASKS)]
+        results.append(share("generated tasks together", "pooled", min(1.0, generated + 0.05), 600, None))
         results += [share("country_mcq", "knowledge", 0.41, 160, 0.25), share("country_mcq_control", "control", control, 160, 0.25)]
         results += [share("humaneval_ranking", "code", 0.47, 164, 0.25), share("humaneval_pass", "code", 0.0, 164, None, "pass@1", "Zero is what a model of this size is expected to reach.")]
         for i, domain in enumerate(("code", "math", "knowledge")):
             value = bpb + 0.1 * i
             results.append({"task": f"text_{domain}", "group": "text", "metric": "bits_per_byte", "value": value, "n": 48, "low": value - 0.04, "high": value + 0.05, "higher_is_better": False, "chance": None, "prompt_sha256": "0" * 64, "note": ""})
+        results.append({**results[-1], "task": "gcd: solution", "group": "solutions", "value": 7.2, "low": 7.0, "high": 7.5})
         before = {r["task"]: r["value"] for r in self.artifacts[baseline].json("evaluation.json")["results"]} if baseline else {}
         gaps = {r["task"]: r["value"] - before[r["task"]] for r in results if before}
         comparison = [

@@ -120,7 +120,7 @@ def test_nothing_is_shown_as_absent_in_a_whole_run(outline: Outline) -> None:
 
 def test_figures_and_tables_are_written(report: Artifact) -> None:
     files = report.manifest.files
-    for name in ("influence_influence1", "influence_influence2", "mixture_mix1", "mixture_mix2", "rankme", "validity_influence1", "evaluation_answers", "evaluation_text", "loss_sft", "probe_pretrain2_code"):
+    for name in ("influence_influence1", "influence_influence2", "mixture_mix1", "mixture_mix2", "rankme", "validity_influence1", "evaluation_answers", "evaluation_text", "evaluation_solutions", "loss_sft", "probe_pretrain2_code"):
         data = report.file(f"figures/{name}.png").read_bytes()
         assert data.startswith(b"\x89PNG")
     for name in ("verdicts", "corpora", "probe_sieves", "influence", "validity", "mixtures", "probe_loss", "training", "evaluation", "artifacts"):

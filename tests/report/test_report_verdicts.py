@@ -34,8 +34,8 @@ def test_all_hold_in_the_good_run(good: dict[str, Verdict]) -> None:
         ({"noise": 0.001}, "shuffled_weight", "partly", "mix1 ("),
         ({"noise": 5.0}, "ahead_weight", "partly", "champ (mix1)"),
         ({"gain": -0.2}, "beats_uniform", "not ok", "code 5.2"),
-        ({"sft": 0.06}, "sft_above_base", "not ok", "11.0 % against 10.0 %"),
-        ({"control": 0.5}, "control", "partly", "sft, country_mcq_control (50.0 %"),
+        ({"sft": 0.06}, "sft_above_base", "not ok", "11.0 % against 10.0 % of 600 questions"),
+        ({"control": 0.5}, "control", "partly", "allow: sft, country_mcq_control (50.0 %)."),
         ({"passed": False}, "parity", "not ok", "failed for export"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -87,3 +87,21 @@ def test_weight_above_zero_in_every_mixture_is_a_plain_no(tmp_path: Path) -> Non
     run = whole_run(tmp_path, noise=0.001)
     del run.artifacts["mix2"]
     assert verdicts(run)["shuffled_weight"].status == "not ok"
+
+
+def test_without_a_comparison_item_by_item_means_are_compared(tmp_path: Path) -> None:
+    run = whole_run(tmp_path, sft=0.06)
+    run.folder = tmp_path / "no_baseline"
+    run.evaluate("eval_sft", "sft", 0.06)
+    verdict = verdicts(run)["sft_above_base"]
+    assert verdict.status == "not ok"
+    assert "as a mean over 3 tasks" in verdict.detail
+    run.folder = tmp_path / "better"
+    run.evaluate("eval_sft", "sft", 0.5)
+    assert verdicts(run)["sft_above_base"].status == "ok"
+
+
+def test_one_control_just_outside_its_own_interval_is_expected_among_several(tmp_path: Path) -> None:
+    verdict = verdicts(whole_run(tmp_path, control=0.33))["control"]
+    assert verdict.status == "ok"
+    assert "in 2 of 3 measurements" in verdict.detail
