@@ -97,7 +97,7 @@ def loss_curve(trained: Trained, points: int) -> Figure | None:
     if len(curve) < 2:
         return None
     x, y = [p[0] for p in curve], [p[1] for p in curve]
-    label = {"distill": "KL to the teacher (nats/token)"}.get(trained.objective, "loss (nats/token)")
+    label = {"distill": "distillation loss (nats/token)"}.get(trained.objective, "loss (nats/token)")
 
     def paint(axes: Axes) -> None:
         window = max(1, len(y) // 20)
