@@ -28,8 +28,9 @@ def extract(text: str, numeric: bool) -> str | None:
     if boxed is not None:
         return clean(boxed)
     if "####" in text:
-        rest = text.rsplit("####", 1)[1].strip()
-        return clean(rest.split("\n")[0]) if rest else None
+        rest = clean(text.rsplit("####", 1)[1].strip().split("\n")[0])
+        numbers = _NUMBERS.findall(rest) if numeric and number(rest) is None else []
+        return clean(numbers[0]) if numbers else rest or None
     phrases = _PHRASE.findall(text)
     if phrases:
         text = phrases[-1]

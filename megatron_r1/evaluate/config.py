@@ -65,7 +65,7 @@ class HumanEvalRankingSettings(Frozen):
     """The true solution of a HumanEval problem against three other problems' solutions, by likelihood."""
 
     problems: int = Field(164, gt=0, le=164, description="problems ranked, the first ones of the set")
-    max_tokens: int = Field(160, gt=8, description="tokens of prompt and solution together; longer prompts lose their beginning, longer solutions their end")
+    max_tokens: int = Field(128, gt=8, description="tokens of prompt and solution together; longer prompts lose their beginning, longer solutions their end")
 
 
 class HumanEvalPassSettings(Frozen):
@@ -73,7 +73,7 @@ class HumanEvalPassSettings(Frozen):
 
     problems: int = Field(164, gt=0, le=164, description="problems attempted, the first ones of the set")
     max_new_tokens: int = Field(64, gt=0, description="longest completion in tokens")
-    timeout_seconds: float = Field(3.0, gt=0, description="wall-clock limit of one problem's tests")
+    timeout_seconds: float = Field(3.0, gt=0, description="processor-time limit of one problem's tests (whole seconds, rounded up)")
     memory_mib: int = Field(512, gt=0, description="address-space limit of the process that runs one problem's tests")
 
 

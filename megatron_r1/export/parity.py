@@ -33,7 +33,9 @@ CONVERSATION = [
 def prove(folder: Path, model: Any, tokenizer: Any, config: ParityConfig) -> dict[str, Any]:
     """Compare `folder` with the megatron-core `model` (already rounded to the stored type). Returns the report; see `require`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # ours are the ones to show
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False).eval()
     hf_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     device = next(whole(model).parameters()).device

@@ -20,6 +20,8 @@ NUMERIC = [
     ("#### 1,234", "1,234"),
     ("3 apples #### 12\n99", "12"),
     ("####", None),
+    ("#### 12 apples and 3 pears", "12"),
+    ("#### none", "none"),
     ("The answer is 12, because 3 x 4 = 12 and 5", "12"),
     ("Final answer: -3", "-3"),
     ("The answer is $-0.5$.", "-0.5"),

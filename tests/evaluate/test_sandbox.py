@@ -38,11 +38,13 @@ def test_bad_programs_fail_and_say_why(source, detail):
     assert detail in found.detail or (source == "\x00" and "Error" in found.detail)
 
 
-@pytest.mark.parametrize("source", ["while True: pass", "import time\ntime.sleep(60)"])
-def test_endless_programs_are_stopped(source):
+@pytest.mark.parametrize(("source", "timeout"), [("while True: pass", 1.0), ("import time\ntime.sleep(60)", 0.1)])
+def test_endless_programs_are_stopped(source, timeout):
     began = time.monotonic()
-    assert run(source, timeout=0.5).status == "timeout"
-    assert time.monotonic() - began < 5
+    found = run(source, timeout=timeout)
+    assert found.status == "timeout"
+    assert "stopped after 1 s" in found.detail or "by the clock" in found.detail  # a busy machine may not give it a second
+    assert time.monotonic() - began < 30
 
 
 def test_memory_and_output_are_limited():
@@ -63,7 +65,7 @@ def test_environment_and_folder_are_empty(monkeypatch):
 
 def test_children_do_not_survive(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert run("import os, time\nos.fork()\ntime.sleep(60)", timeout=0.5).status in ("timeout", "failed")
+    assert run("import os, time\nos.fork()\ntime.sleep(60)", timeout=0.1).status in ("timeout", "failed")
     until = time.monotonic() + 5  # killed at once, but the system may take a moment to bury them
     while left := [p.pid for p in psutil.process_iter(["cwd"]) if str(p.info["cwd"] or "").startswith(str(tmp_path))]:
         assert time.monotonic() < until, left
