@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from megatron_r1.config.base import Frozen, StageConfig, StepName
 from megatron_r1.data.tasks import TASKS
 
-DEFAULT_GENERATED = ("chain_sum", "basic_arithmetic", "simple_equations", "gcd", "count_bits", "spell_backward", "gsm_symbolic")
+DEFAULT_GENERATED = ("chain_sum", "basic_arithmetic", "simple_equations", "gcd", "count_bits", "spell_backward", "calendar_arithmetic", "syllogism", "gsm_symbolic")
 
 
 class EvaluateInputs(Frozen):
@@ -38,7 +38,7 @@ class GeneratedSettings(Frozen):
     """Procedurally generated questions whose answers are verified, held out by template."""
 
     names: list[str] = Field(default=list(DEFAULT_GENERATED), description="task names (data/tasks.py)")
-    samples: int = Field(40, gt=0, description="questions per task")
+    samples: int = Field(64, gt=0, description="questions per task")
     max_new_tokens: int = Field(64, gt=0, description="longest answer in tokens")
 
     @field_validator("names")
