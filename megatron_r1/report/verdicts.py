@@ -155,10 +155,15 @@ def equal_budget_pairs(run: Run) -> tuple[Pair, ...]:
         if mixture is None or not _from_influence(mixture):
             continue
         for control in run.trained:
-            same_start = control.start == tested.start and control.teacher == tested.teacher
+            same_start = control.start == tested.start and control.teacher == tested.teacher and _same_model(run, tested, control)
             if _on_uniform(run, control) and same_start and control.objective == tested.objective:
                 pairs.append(Pair(tested, control, mixture, _differences(run, tested, control)))
     return tuple(pairs)
+
+
+def _same_model(run: Run, tested: Trained, control: Trained) -> bool:
+    """Random starts are the same weights only for the same sizes; a start from a checkpoint is compared by the caller."""
+    return tested.start is not None or run.step(tested.step).config.get("model") == run.step(control.step).config.get("model")
 
 
 def _differences(run: Run, tested: Trained, control: Trained) -> tuple[str, ...]:
