@@ -17,6 +17,7 @@ from megatron_r1.model.config import ModelConfig
 from megatron_r1.model.spec import block_spec
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.parallel.mcore import (
+    ColumnParallelLinear,
     GPTModel,
     TransformerConfig,
     gather_from_sequence_parallel_region,
@@ -30,11 +31,30 @@ from megatron_r1.utils.seeding import derive_seed
 Precision = Literal["fp32", "bf16"]
 
 
+class OutputHead(ColumnParallelLinear):
+    """The output layer, which can also lend its weight to an operation that needs it.
+
+    Whatever uses the weight has to go through a call of the module: with overlapped parameter gathering it is the call that
+    waits for the weight to arrive.
+    """
+
+    def forward(self, input_: Any, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> Any:
+        """Logits of a tensor, or what a function makes of the weight [V/p, d]."""
+        if callable(input_):
+            return input_(self.weight if weight is None else weight)
+        return super().forward(input_, weight, runtime_gather_output)
+
+
 class R1Model(GPTModel):
     """One chunk of the decoder: megatron-core's GPTModel with a forward pass of its own.
 
     Legend: b rows, s tokens, d hidden size, V vocabulary, p tensor-parallel degree.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            self.output_layer.__class__ = OutputHead
 
     def forward(
         self,
@@ -64,8 +84,12 @@ class R1Model(GPTModel):
         return hidden
 
     def head_weight(self) -> Tensor:
-        """The output matrix [V/p, d] of this rank; last stage only."""
+        """The output matrix [V/p, d] of this rank; last stage only. To compute with it use `with_head_weight`."""
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+
+    def with_head_weight(self, use: Callable[[Tensor], Tensor]) -> Tensor:
+        """`use(head_weight())`, when the weight is there."""
+        return self.output_layer(use, self.head_weight())
 
     @property
     def vocabulary(self) -> VocabShard:

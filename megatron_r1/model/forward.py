@@ -112,7 +112,8 @@ def _losses(model: Model, batch: Batch, rows: Callable[[R1Model, Tensor], RowLos
         mask = batch.get("loss_mask")
         expected = mask.transpose(0, 1).flatten() if mask is not None else None
         labels = batch["labels"].transpose(0, 1).flatten()
-        losses = linear_loss(_flat(chunk.to_head(states)), chunk.head_weight(), rows(chunk, labels), expected)
+        made = rows(chunk, labels)
+        losses = chunk.with_head_weight(lambda weight: linear_loss(_flat(chunk.to_head(states)), weight, made, expected))
         return losses.view(batch["labels"].shape[::-1]).transpose(0, 1)
 
     return _chunk(model)(batch["tokens"], batch.get("segment_ids"), head)

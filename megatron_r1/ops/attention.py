@@ -84,13 +84,13 @@ def core(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan | None) -> Tensor:
     return torch.cat(rows)
 
 
-def _packed(qkv: Tensor, groups: int, head_dim: int, theta: float, eps: float, plan: SegmentPlan | None) -> Tensor:
+def _analytic(qkv: Tensor, groups: int, head_dim: int, theta: float, eps: float, plan: SegmentPlan | None) -> Tensor:
     out = core(*_Prologue.apply(qkv, groups, head_dim, theta, eps), plan)
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
 ATTENTION = Op("qknorm_rope_attention")
-ATTENTION.register("packed", _packed)
+ATTENTION.register("analytic", _analytic)
 ATTENTION.register("reference", reference.qknorm_rope_attention)
 
 

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=8)
 def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """exp(j * angle) for positions 0 to length-1: complex64 [length, head_dim/2]. Cached: one table serves every layer.
+    """exp(j * angle) for positions 0 to length-1: complex64 [length, head_dim/2].
 
-    The angles are made in fp32 in the order transformers makes them: they are multiplied by positions, so a last bit of
-    a frequency shows in long sequences.
+    Cut from a cached table, which serves every layer and every shorter sequence. The angles are made in fp32 in the order
+    transformers makes them: they are multiplied by positions, so a last bit of a frequency shows in long sequences.
     """
+    return _table(max(256, 1 << (length - 1).bit_length()), head_dim, theta, device)[:length]
+
+
+@lru_cache(maxsize=8)
+def _table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     angles = torch.outer(torch.arange(length, dtype=torch.float32), 1.0 / (theta**exponents))
     return torch.polar(torch.ones_like(angles), angles).to(device)

@@ -66,8 +66,13 @@ def plan_of(segment_ids: Tensor | None) -> SegmentPlan | None:
     """The plan of `segment_ids` [b, s], made at the first call and kept with the tensor; None means plain causal."""
     if segment_ids is None:
         return None
-    plan = getattr(segment_ids, "_r1_segments", None)
-    if plan is None:
+    version, plan = getattr(segment_ids, "_r1_segments", (None, None))
+    if plan is None or version != _version(segment_ids):
         plan = SegmentPlan(segment_ids)
-        segment_ids._r1_segments = plan  # type: ignore[attr-defined]
+        segment_ids._r1_segments = (_version(segment_ids), plan)  # type: ignore[attr-defined]
     return None if plan.single else plan
+
+
+def _version(tensor: Tensor) -> int:
+    """Changes when the tensor is written to (tensors made in inference mode do not count: they are not written to)."""
+    return -1 if tensor.is_inference() else tensor._version

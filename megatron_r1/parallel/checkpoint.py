@@ -139,7 +139,7 @@ def _record(file: Path) -> dict[str, Any]:
 
 
 def _write_rng(folder: Path, ctx: ParallelContext) -> None:
-    states = {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in _device.rng_state().items()}
+    states = {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in _device.rng_state(ctx.device).items()}
     atomic_write_json(folder / "rng" / f"rank-{ctx.rank:05d}.json", states)
 
 
@@ -258,7 +258,8 @@ def _read(path: Path, wanted: dict[str, Any]) -> None:
 
 def _read_rng(path: Path, ctx: ParallelContext) -> None:
     states = read_json(path / "rng" / f"rank-{ctx.rank:05d}.json")
-    _device.set_rng_state({name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for name, text in states.items()})
+    loaded = {name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for name, text in states.items()}
+    _device.set_rng_state(loaded, ctx.device)
 
 
 # ------------------------------------------------------------------------------------------------ what is stored

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,9 @@ from megatron_r1.utils.errors import ParallelError
 class LayoutConfig(Frozen):
     """Degrees of parallelism. The data-parallel degree is what is left: world size / (tensor x pipeline x context)."""
 
+    device: Literal["auto", "cpu", "gpu"] = Field(
+        "auto", description="where to compute: gpu is an error without one, auto takes a GPU if there is one"
+    )
     tensor: int = Field(1, ge=1, description="tensor-parallel degree: each weight matrix is cut into this many pieces")
     pipeline: int = Field(1, ge=1, description="pipeline degree: the layers are cut into this many stages")
     context: int = Field(1, ge=1, description="context-parallel degree: each sequence is cut into this many pieces")

@@ -125,7 +125,7 @@ def initialize(layout: LayoutConfig | None = None, seed: int = 0) -> ParallelCon
     global _current
     layout = layout or LayoutConfig()
     layout.check()
-    target = _device.device()
+    target = _device.device(layout.device)
     _device.activate(target)
     _join(target)
     if _current is None or _current.layout != layout or _current.device != target:
@@ -156,7 +156,7 @@ def shutdown() -> None:
 def _join(target: torch.device) -> None:
     if dist.is_initialized():
         return
-    backend = _device.backend(target.type)
+    backend = _device.backend(target)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:

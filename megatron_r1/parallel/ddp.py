@@ -18,11 +18,12 @@ from megatron_r1.parallel.mcore import (
 
 
 @torch.enable_grad()  # its hooks hang on the graph, also when the caller has turned gradients off
-def wrap(chunks: Sequence[nn.Module], layout: LayoutConfig, ctx: ParallelContext) -> list[nn.Module]:
+def wrap(chunks: Sequence[nn.Module], layout: LayoutConfig, ctx: ParallelContext, bucket_parameters: int | None = None) -> list[nn.Module]:
     """Chunks of `build_model` -> chunks that can be trained.
 
     bf16 chunks are also given megatron-core's half-precision wrapper (inputs down, outputs up to fp32). Gradients gather
     and reduce in fp32. Wrap once, before the optimizer is built; `unwrap` goes back.
+    `bucket_parameters`: with overlap, how many parameters travel together (None: megatron-core's choice).
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -30,6 +31,7 @@ def wrap(chunks: Sequence[nn.Module], layout: LayoutConfig, ctx: ParallelContext
         overlap_grad_reduce=layout.overlap,
         overlap_param_gather=layout.overlap and layout.distributed_optimizer,
         average_in_collective=False,
+        bucket_size=bucket_parameters,
     )
     wrapped = []
     for index, chunk in enumerate(chunks):

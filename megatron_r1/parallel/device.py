@@ -23,34 +23,35 @@ DEVICE_VARIABLE = "MEGATRON_R1_DEVICE"
 _SHIMMED = "megatron.core"
 
 
-def requested() -> str:
-    """`auto`, `cpu` or `cuda`, from the environment variable MEGATRON_R1_DEVICE."""
-    name = os.environ.get(DEVICE_VARIABLE, "auto")
-    if name not in ("auto", "cpu", "cuda"):
+def requested(name: str = "auto") -> str:
+    """`auto`, `cpu` or `gpu`: `name` unless it is `auto`, else the environment variable MEGATRON_R1_DEVICE."""
+    name = os.environ.get(DEVICE_VARIABLE, "auto") if name == "auto" else name
+    name = "gpu" if name == "cuda" else name
+    if name not in ("auto", "cpu", "gpu"):
         raise ConfigError(
-            expected=f"{DEVICE_VARIABLE} to be auto, cpu or cuda", found=name, fix=f"unset {DEVICE_VARIABLE} or correct it"
+            expected=f"{DEVICE_VARIABLE} to be auto, cpu or gpu", found=name, fix=f"unset {DEVICE_VARIABLE} or correct it"
         )
     return name
 
 
-def uses_gpu(name: str | None = None) -> bool:
+def uses_gpu(name: str = "auto") -> bool:
     """Whether computation happens on a GPU. Raises EnvironmentProblem when a GPU was asked for by name and is absent."""
-    name = name or requested()
+    name = requested(name)
     available = torch.cuda.is_available()
-    if name == "cuda" and not available:
+    if name == "gpu" and not available:
         built = "built with CUDA" if torch.version.cuda else "a CPU-only build"
         raise EnvironmentProblem(
-            expected="a CUDA device, because `cuda` was asked for",
+            expected="a CUDA device, because a GPU was asked for by name",
             found=f"none (torch {torch.__version__} is {built})",
-            fix=f"ask for `cpu` or `auto` (recipe or {DEVICE_VARIABLE}), or run on a GPU machine with a CUDA build of torch",
+            fix=f"set layout.device to auto or cpu (and {DEVICE_VARIABLE} likewise), or run on a GPU machine with a CUDA build of torch",
         )
     return available and name != "cpu"
 
 
-def device(name: str | None = None) -> torch.device:
+def device(name: str = "auto") -> torch.device:
     """This process's device: cuda:LOCAL_RANK on a GPU machine, else cpu.
 
-    `name`: `auto` | `cpu` | `cuda`; None reads MEGATRON_R1_DEVICE. Raises EnvironmentProblem as `uses_gpu` does.
+    `name`: `auto` | `cpu` | `gpu`; auto reads MEGATRON_R1_DEVICE. Raises EnvironmentProblem as `uses_gpu` does.
     """
     if not uses_gpu(name):
         return torch.device("cpu")
@@ -65,14 +66,23 @@ def device(name: str | None = None) -> torch.device:
 
 
 def activate(target: torch.device) -> None:
-    """Make `target` the current device of this process (nothing to do on the CPU)."""
-    if target.type == "cuda":
-        torch.cuda.set_device(target)
+    """Make `target` the current device of this process, for torch and for megatron-core. Raises EnvironmentProblem when a
+    process that has begun on the CPU is to change to a GPU."""
+    if target.type != "cuda":
+        install_cpu_shim(always=True)
+        return
+    if _proxy is not None:
+        raise EnvironmentProblem(
+            expected="one kind of device for the whole process",
+            found="a GPU asked for after megatron-core was set up for the CPU",
+            fix=f"choose the device at the start ({DEVICE_VARIABLE}), or run the two parts as two processes",
+        )
+    torch.cuda.set_device(target)
 
 
-def backend(name: str | None = None) -> str:
-    """The torch.distributed backend that fits the device: nccl or gloo."""
-    return "nccl" if uses_gpu(name) else "gloo"
+def backend(target: torch.device) -> str:
+    """The torch.distributed backend that fits a device: nccl or gloo."""
+    return "nccl" if target.type == "cuda" else "gloo"
 
 
 def synchronize() -> None:
@@ -90,19 +100,19 @@ def seed_everything(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed % (1 << 31), force_reset_rng=True)
 
 
-def rng_state() -> dict[str, torch.Tensor]:
+def rng_state(target: torch.device) -> dict[str, torch.Tensor]:
     """The generators of this process: `cpu` and, on a GPU, `device`. Byte tensors."""
     state = {"cpu": torch.get_rng_state()}
-    if uses_gpu():
-        state["device"] = torch.cuda.get_rng_state()
+    if target.type == "cuda":
+        state["device"] = torch.cuda.get_rng_state(target)
     return state
 
 
-def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+def set_rng_state(state: dict[str, torch.Tensor], target: torch.device) -> None:
     """Inverse of `rng_state`; a state from another kind of device is used as far as it fits."""
     torch.set_rng_state(state["cpu"])
-    if "device" in state and uses_gpu():
-        torch.cuda.set_rng_state(state["device"])
+    if "device" in state and target.type == "cuda":
+        torch.cuda.set_rng_state(state["device"], target)
 
 
 # ------------------------------------------------------------------------------------------------ CPU shim
@@ -166,10 +176,10 @@ def _on_cpu(factory: Any) -> Any:
 _proxy: _CpuTorch | None = None
 
 
-def install_cpu_shim() -> None:
-    """Point every loaded megatron.core module at the CPU. Idempotent; does nothing when a GPU is used."""
+def install_cpu_shim(always: bool = False) -> None:
+    """Point every loaded megatron.core module at the CPU. Idempotent; beside a GPU only if `always`."""
     global _proxy
-    if uses_gpu():
+    if torch.cuda.is_available() and not always:
         return
     if _proxy is None:
         _proxy = _CpuTorch()

@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch(script: Path, world_size: int, folder: Path, arguments: dict[str, Any], timeout: float = 120.0) -> list[Any]:
+def launch(script: Path, world_size: int, folder: Path, arguments: dict[str, Any], timeout: float = 300.0) -> list[Any]:
     """Run `python script <folder>` on `world_size` ranks; returns what each rank wrote to `<folder>/result-<rank>.json`.
 
     `arguments` reach the ranks as `<folder>/arguments.json`. Raises AssertionError with the logs when a rank fails or the

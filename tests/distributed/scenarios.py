@@ -37,7 +37,9 @@ class Run:
     def __init__(self, layout: LayoutConfig, objective: str = "next", precision: str = "fp32", seed: int = 5, tied: bool = True, recompute: bool = False):
         self.ctx = context.initialize(layout, seed=11)
         self.model = MODEL.replace(tied_embeddings=tied)
-        self.chunks = ddp.wrap(build_model(self.model, self.ctx, seed=seed, precision=precision, recompute=recompute), layout, self.ctx)
+        chunks = build_model(self.model, self.ctx, seed=seed, precision=precision, recompute=recompute)
+        # Small buckets, so that overlapping has something to overlap.
+        self.chunks = ddp.wrap(chunks, layout, self.ctx, bucket_parameters=30_000 if layout.overlap else None)
         self.optimizer = optimizer.build_optimizer(
             self.chunks, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=0.5, layout=layout, precision=precision
         )

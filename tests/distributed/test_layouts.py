@@ -29,7 +29,9 @@ CASES: dict[str, dict[str, Any]] = {
     "interleaved pipeline": {"layout": {"pipeline": 2, "virtual_pipeline": 2}},
     "data": {"layout": {}},
     "data, sharded optimizer": {"layout": SHARDED},
+    "data, overlap": {"layout": {"overlap": True}},
     "data, sharded optimizer, overlap": {"layout": {"distributed_optimizer": True, "overlap": True}},
+    "data, sharded optimizer, overlap, untied": {"layout": {"distributed_optimizer": True, "overlap": True}, "options": {"tied": False}},
 }
 RESUME: dict[str, dict[str, Any]] = {
     "sharded": {"layout": SHARDED},
@@ -148,3 +150,39 @@ def test_validation_through_the_pipeline(single: dict[str, Any], ranks: list[dic
 def test_a_missing_checkpoint_is_an_error_on_every_rank(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert "no such folder" in rank["damage"]
+
+
+# Two degrees at once: what one degree alone can not get wrong.
+COMBINED: dict[str, dict[str, Any]] = {
+    "tensor x pipeline, sequence": {"layout": {"tensor": 2, "pipeline": 2, "sequence_parallel": True}},
+    "tensor x data, sequence, sharded": {"layout": {"tensor": 2, "sequence_parallel": True, "distributed_optimizer": True}, "options": {"objective": "distill"}},
+    "pipeline x data, sharded, overlap": {"layout": {"pipeline": 2, "distributed_optimizer": True, "overlap": True}, "save": True},
+    "interleaved pipeline x data, sharded, overlap": {
+        "layout": {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True, "overlap": True}, "validate": True,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def four(single: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    arguments = {
+        "cases": COMBINED,
+        "resume": {"all": {"layout": {"tensor": 2, "sequence_parallel": True, "distributed_optimizer": True}}},
+        "load": {"all": {"layout": {"tensor": 2, "pipeline": 2}, "path": str(single["checkpoint"])}},
+    }
+    return launch(Path(__file__).with_name("worker.py"), 4, tmp_path_factory.mktemp("four"), arguments, timeout=480)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMBINED)
+def test_combined_degrees_equal_single_process(name: str, single: dict[str, Any], four: list[dict[str, Any]]) -> None:
+    expected = single["steps"][str(sorted(COMBINED[name].get("options", {}).items()))]
+    for rank in four:
+        close(rank[name], expected)
+
+
+@pytest.mark.slow
+def test_combined_degrees_load_and_resume(single: dict[str, Any], four: list[dict[str, Any]]) -> None:
+    for rank in four:
+        assert rank["resume all"] is True
+        close(rank["load all"], single["continued"])

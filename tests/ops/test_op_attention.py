@@ -66,7 +66,7 @@ def test_against_fp64_by_hand(implementation: str) -> None:
     s=st.integers(1, 33), b=st.integers(1, 3), g=st.integers(1, 3), r=st.integers(1, 3), h=st.sampled_from([2, 8, 64]),
     cut=st.sampled_from(["none", "one", "random"]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_packed_equals_reference_with_gradients(s: int, b: int, g: int, r: int, h: int, cut: str, seed: int) -> None:
+def test_analytic_equals_reference_with_gradients(s: int, b: int, g: int, r: int, h: int, cut: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     ids = {
         "none": None,
@@ -76,7 +76,7 @@ def test_packed_equals_reference_with_gradients(s: int, b: int, g: int, r: int, 
     qkv = make(s, b, g, r, h, seed=seed)
     grad = torch.randn(s, b, g * r * h, generator=generator)
     results = []
-    for implementation in ("packed", "reference"):
+    for implementation in ("analytic", "reference"):
         out = run(qkv, g, h, ids, implementation)
         results.append((out.detach(), *torch.autograd.grad(out, qkv, grad)))
     for ours, theirs in zip(*results):
@@ -86,7 +86,7 @@ def test_packed_equals_reference_with_gradients(s: int, b: int, g: int, r: int, 
 def test_bf16_is_close_to_fp32() -> None:
     qkv = make(40, 2, 2, 2, 64)
     half = qkv.detach().bfloat16().requires_grad_()
-    out, exact = run(half, 2, 64, None, "packed"), run(half.detach().float(), 2, 64, None, "reference")
+    out, exact = run(half, 2, 64, None, "analytic"), run(half.detach().float(), 2, 64, None, "reference")
     assert out.dtype == torch.bfloat16
     assert (out.float() - exact).abs().max() < 0.03
     out.float().sum().backward()
@@ -100,11 +100,11 @@ def test_documents_equal_documents_run_alone(limit: int, monkeypatch: pytest.Mon
     qkv = make(24, 2, 1, 2, 16)
     lengths = [[7, 1, 16], [24]]
     ids = torch.stack([torch.repeat_interleave(torch.tensor([4, 9, 4])[: len(row)], torch.tensor(row)) for row in lengths])
-    out = run(qkv, 1, 16, ids, "packed")
+    out = run(qkv, 1, 16, ids, "analytic")
     for row, parts in enumerate(lengths):
         start = 0
         for length in parts:
-            alone = run(qkv[start : start + length, row : row + 1].detach(), 1, 16, None, "packed")
+            alone = run(qkv[start : start + length, row : row + 1].detach(), 1, 16, None, "analytic")
             torch.testing.assert_close(out[start : start + length, row : row + 1], alone, atol=2e-6, rtol=1e-5)
             start += length
 
@@ -115,6 +115,8 @@ def test_mask_is_made_once_per_batch() -> None:
     assert plan is not None
     assert plan_of(ids) is plan
     assert plan.mask(torch.float32) is plan.mask(torch.float32)
+    ids[0, 1] = 1
+    assert plan_of(ids).spans == [[(0, 1), (1, 4)]], "a tensor that is written to gets a new plan"
     assert plan_of(torch.zeros(2, 5)) is None, "one document per row takes the fast causal path"
 
 

@@ -142,16 +142,22 @@ def test_batched_exchange_under_an_interleaved_pipeline_is_refused() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_a_gpu_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(device.DEVICE_VARIABLE, "cuda")
-    for ask in (device.device, device.backend, lambda: context.initialize(LayoutConfig())):
-        with pytest.raises(EnvironmentProblem) as caught:
-            ask()
-        assert "CUDA device" in caught.value.expected
-        assert "none" in caught.value.found
-        assert "cpu" in caught.value.fix
-    monkeypatch.setenv(device.DEVICE_VARIABLE, "gpu")
-    with pytest.raises(ConfigError, match="auto, cpu or cuda"):
+@pytest.mark.parametrize("way", ["recipe", "environment"])
+def test_a_gpu_asked_for_by_name(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = LayoutConfig(device="gpu") if way == "recipe" else LayoutConfig()
+    if way == "environment":
+        monkeypatch.setenv(device.DEVICE_VARIABLE, "cuda")
+    with pytest.raises(EnvironmentProblem) as caught:
+        context.initialize(layout)
+    assert "CUDA device" in caught.value.expected
+    assert "none" in caught.value.found
+    assert "layout.device" in caught.value.fix
+    assert device.device("cpu").type == "cpu", "an explicit choice is not overruled by the environment"
+
+
+def test_unknown_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(device.DEVICE_VARIABLE, "tpu")
+    with pytest.raises(ConfigError, match="auto, cpu or gpu"):
         device.device()
 
 
