@@ -40,11 +40,11 @@ STAGES = {
     for stage in (
         Stage("corpus", "shards"),
         Stage("probe", "probe"),
-        Stage("influence", "influence"),
+        Stage("influence", "influence", distributed=True),
         Stage("mixture", "mixture"),
         Stage("train", "checkpoint", distributed=True),
-        Stage("evaluate", "evaluation"),
-        Stage("export", "export"),
+        Stage("evaluate", "evaluation", distributed=True),
+        Stage("export", "export", distributed=True),
         Stage("report", "report"),
     )
 }
