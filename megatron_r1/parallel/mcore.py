@@ -90,7 +90,13 @@ with quietly():
 _device.install_cpu_shim()
 
 # What megatron-core warns about at every construction and that a user can do nothing about.
-for _message in (".*GPTModel.*DEPRECATED.*", ".*full_param_layout.*", "full scope is deprecated.*", "When using async grad allreduce.*", ".torch.distributed.*is deprecated.*"):
+for _message in (
+    ".*GPTModel.*DEPRECATED.*",
+    ".*full_param_layout.*",
+    "full scope is deprecated.*",
+    "When using async grad allreduce.*",
+    ".torch.distributed.*is deprecated.*",
+):
     warnings.filterwarnings("ignore", message=_message)
 for _part in ("optimizer", "distributed", "dist_checkpointing", "models", "transformer", "utils"):
     logging.getLogger(f"megatron.core.{_part}").setLevel(logging.ERROR)
