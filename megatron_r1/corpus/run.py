@@ -23,12 +23,14 @@ from megatron_r1.corpus.embedded import Context
 from megatron_r1.corpus.splits import Splitter
 from megatron_r1.corpus.write import use_threads, write_source
 from megatron_r1.data.shards import SOURCES_FILE, SPLITS, SourceRecord
-from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.data.tokenizer import PIECE, Tokenizer, pieces
 from megatron_r1.utils.errors import DataError, EnvironmentProblem
 from megatron_r1.utils.io import atomic_write_json, disk_errors, require_free_space
 from megatron_r1.utils.logging import get_logger, progress
 
 log = get_logger("corpus")
+SHORT = 4096
+"""Characters of the pieces that long texts are cut into for training a tokenizer."""
 Inputs = Mapping[str, Artifact | list[Artifact] | None]
 
 
@@ -131,7 +133,10 @@ def _sample(config: CorpusConfig, spools: Mapping[str, tuple[Spool, dict[str, An
                 continue
             place = int.from_bytes(hashlib.sha256(f"{name}/{document['id']}".encode()).digest()[:8], "big") / 2**64
             if place < part:
-                yield from [document["text"]] if "text" in document else [message["content"] for message in document["messages"]]
+                texts = [document["text"]] if "text" in document else [message["content"] for message in document["messages"]]
+                for text in texts:
+                    # Training time grows with the longest word: a megabyte without a space would take hours.
+                    yield from pieces(text, SHORT) if len(text) > PIECE else [text]
 
 
 def _tokenizer(config: CorpusConfig, given: Artifact | None, spools: Mapping[str, tuple[Spool, dict[str, Any]]], work: Workspace) -> Tokenizer:

@@ -43,7 +43,7 @@ def library_docs(context: Context) -> Iterator[Document]:
     if not any(found.values()):
         raise EnvironmentProblem(expected=f"one of {', '.join(LIBRARIES)} in this environment", found="none", fix="pip install sympy mpmath networkx")
     files = [(library, folder, path) for library, folder in found.items() if folder for path in folder.rglob("*.py") if not SKIPPED & set(path.relative_to(folder).parts)]
-    enough, taken = 2 * CORPORA[0].max_bytes, 0
+    enough, taken = CORPORA[0].max_bytes * 6 // 5, 0
     for library, folder, path in sorted(files, key=lambda item: hashlib.sha256(f"{item[0]}/{item[2].relative_to(item[1]).as_posix()}".encode()).digest()):
         module = ".".join([library, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__")
         try:
@@ -78,6 +78,6 @@ def champ(context: Context) -> Iterator[Document]:
 
 
 CORPORA = (
-    Corpus("math_docs", "math", library_docs, "docstrings of sympy, mpmath and networkx as installed", installed=LIBRARIES, max_bytes=5 * MB),
+    Corpus("math_docs", "math", library_docs, "docstrings of sympy, mpmath and networkx as installed", installed=LIBRARIES, max_bytes=4 * MB),
     Corpus("math_champ", "math", champ, "competition problems with human and model solutions, grouped by problem", packages=("champ-dataset",), max_bytes=6 * MB),
 )

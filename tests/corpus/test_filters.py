@@ -1,0 +1,83 @@
+"""What is dropped and why: length, duplicates, evaluation items; and where the rest goes."""
+
+from collections import Counter
+
+import pytest
+from corpus_toys import WORDS
+
+from megatron_r1.corpus.config import SplitConfig
+from megatron_r1.corpus.decontaminate import Overlap, load
+from megatron_r1.corpus.filters import Filters, content_key, group_of
+from megatron_r1.corpus.splits import Splitter
+from megatron_r1.data.document import Document
+from megatron_r1.utils.errors import DataError
+
+ITEM = "Write a function that takes three sides of a triangle and returns its area, rounded to two decimal points."
+
+
+def document(text, group=""):
+    return Document("1", "s", text=text, group=group)
+
+
+def test_length_and_duplicates_are_counted():
+    filters = Filters(5, True)
+    texts = ["hello there", "hello   there\n", "hi", "other text"]
+    assert [filters.keep(document(text), content_key(document(text))) for text in texts] == [True, False, False, True]
+    assert filters.dropped == {"duplicate": 1, "short": 1}
+    keeping = Filters(0, False)
+    assert all(keeping.keep(document(text), content_key(document(text))) for text in texts)
+
+
+def test_equal_texts_are_one_group_in_every_source():
+    assert group_of(document("a  b")) == group_of(document("a b\n")) != group_of(document("a c"))
+    assert group_of(document("a b", "mine")) == "mine"
+
+
+def test_a_copy_is_found_whatever_its_layout():
+    overlap = Overlap(13)
+    overlap.add("item/1", ITEM)
+    copy = "# " + ITEM.upper().replace(" ", "\n#  ").replace(",", " --")
+    assert overlap.name(f"some words before {copy} and after") == "item/1"
+    words = ITEM.split()
+    assert overlap.name(" ".join(words[:12])) is None
+    assert overlap.name(" ".join(words[:13])) == "item/1"
+    assert overlap.name(" ".join([*words[:8], "not", *words[8:]][:16])) is None
+    assert overlap.name(" ".join(reversed(words))) is None
+
+
+@pytest.mark.parametrize("shift", range(0, 20, 3))
+def test_against_the_plain_definition(shift):
+    items = [" ".join(WORDS[(i * 3 + j) % 24] for j in range(20)) for i in range(4)]
+    texts = [" ".join(WORDS[(i * i + shift + j * (1 + i % 2)) % 24] for j in range(30)) for i in range(30)]
+    overlap = Overlap(6)
+    for i, item in enumerate(items):
+        overlap.add(str(i), item)
+    grams = {tuple(item.split()[i : i + 6]) for item in items for i in range(15)}
+    for text in texts:
+        expected = any(tuple(text.split()[i : i + 6]) in grams for i in range(25))
+        assert (overlap.name(text) is not None) == expected
+
+
+def test_items_from_files(tmp_path):
+    overlap = Overlap(13)
+    (tmp_path / "items.jsonl").write_text('{"q": {"text": ["' + ITEM + '"]}}\n\n{"q": "short"}\n')
+    (tmp_path / "more.txt").write_text("one two three four five six seven eight nine ten eleven twelve thirteen")
+    assert load(str(tmp_path / "items.jsonl"), overlap) == {"name": "items.jsonl", "items": 2}
+    assert load(str(tmp_path / "more.txt"), overlap)["items"] == 1
+    assert overlap.name(ITEM) == "items.jsonl:1"
+    with pytest.raises(DataError, match="human_eval"):
+        load(str(tmp_path / "none.txt"), overlap)
+
+
+def test_splits_are_a_function_of_the_group():
+    settings = SplitConfig(probe=0.1, test=0.2)
+    splitter = Splitter(settings, ["country:X"])
+    counts = Counter(splitter(f"g{i}") for i in range(4000))
+    assert abs(counts["probe"] / 4000 - 0.1) < 0.02
+    assert abs(counts["test"] / 4000 - 0.2) < 0.025
+    assert splitter("country:X") == "control"
+    assert [splitter(f"g{i}") for i in range(50)] == [Splitter(settings)(f"g{i}") for i in range(50)]
+    other = Splitter(SplitConfig(probe=0.1, test=0.2, salt="x"))
+    assert [splitter(f"g{i}") for i in range(50)] != [other(f"g{i}") for i in range(50)]
+    more = Splitter(SplitConfig(probe=0.1, test=0.25))
+    assert all(more(f"g{i}") == "probe" for i in range(500) if splitter(f"g{i}") == "probe")

@@ -1,0 +1,101 @@
+"""tools/preprocess_data.py and tools/inspect_shards.py from the command line."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_r1.data.bpe import train_bpe
+from megatron_r1.data.indexed import BlockReader, read_index
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+TEXTS = [f"Document {i} says: hello world, {i * i} times over." for i in range(40)]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def setting(tmp_path):
+    tokenizer = train_bpe(TEXTS, 400, tmp_path / "tokenizer")
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": text, "title": text[:10]}) + "\n" for text in TEXTS))
+    return tokenizer, source, ["--input", str(source), "--tokenizer-model", str(tmp_path / "tokenizer"), "--output-prefix", str(tmp_path / "out" / "d"), "--workers", "1"]
+
+
+def documents(prefix):
+    lengths, dtype = read_index(prefix.with_name(prefix.name + ".idx"))
+    reader = BlockReader(prefix.with_name(prefix.name + ".bin"), int(lengths.sum()) * dtype.itemsize)
+    tokens = reader.bytes(0, reader.size).view(dtype)
+    return np.split(tokens, np.cumsum(lengths)[:-1])
+
+
+def test_megatron_names_and_contents(tmp_path, setting):
+    tokenizer, _, flags = setting
+    assert load("preprocess_data").main([*flags, "--append-eod", "--json-keys", "text", "title", "--log-interval", "10"]) == 0
+    for key, texts in (("text", TEXTS), ("title", [text[:10] for text in TEXTS])):
+        found = documents(tmp_path / "out" / f"d_{key}_document")
+        assert [part.tolist() for part in found] == [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+
+
+def test_without_end_of_document_and_with_our_tokenizer_folder(tmp_path, setting):
+    tokenizer, _, flags = setting
+    assert load("preprocess_data").main([*flags, "--tokenizer-type", "R1Tokenizer"]) == 0
+    assert documents(tmp_path / "out" / "d_text_document")[3].tolist() == tokenizer.encode(TEXTS[3])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--split-sentences"], "BERT"), (["--partitions", "2"], "--partitions 1"), (["--tokenizer-type", "GPT2BPETokenizer"], "HuggingFaceTokenizer"),
+        (["--input", "nowhere.jsonl"], "nowhere.jsonl"), (["--json-keys", "body"], "bad lines"),
+    ],
+)
+def test_what_is_refused(setting, tmp_path, capsys, more, said):
+    assert load("preprocess_data").main([*setting[2], *more]) == 1
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.idx"))
+
+
+def test_bad_lines_are_listed(setting, tmp_path, capsys):
+    _, source, flags = setting
+    source.write_text(source.read_text() + "broken\n")
+    tool = load("preprocess_data")
+    assert tool.main(flags) == 1
+    assert "1 of 41" in capsys.readouterr().err
+    bad = tmp_path / "out" / "d_text_document.bad.jsonl"
+    record = json.loads(bad.read_text())
+    assert (record["position"], record["excerpt"]) == (41, "broken")
+    assert tool.main([*flags, "--max-bad-ratio", "0.1"]) == 0
+    assert len(documents(tmp_path / "out" / "d_text_document")) == 40
+
+
+def test_inspecting_shards(tmp_path, setting, capsys):
+    from megatron_r1.artifacts.base import open_workspace
+    from megatron_r1.corpus.config import CorpusConfig
+    from megatron_r1.corpus.run import run
+
+    source = {"kind": "jsonl", "path": str(setting[1]), "domain": "web", "min_chars": 0}
+    config = CorpusConfig.model_validate({"seed": 0, "sources": {"mine": source}, "tokenizer": {"vocab_size": 400}, "decontaminate": None, "splits": {"probe": 0, "test": 0}})
+    artifact = run(config, {}, open_workspace(tmp_path / "runs", "corpus", "shards", config))
+    tool = load("inspect_shards")
+    capsys.readouterr()
+    assert tool.main([str(artifact.path), "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert "mine" in out
+    assert "every block has its checksum" in out
+    assert tool.main([str(artifact.path), "--show", "mine:train:4"]) == 0
+    assert TEXTS[4] in capsys.readouterr().out
+    path = artifact.path / "sources" / "mine" / "train.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    for flags in (["--verify"], ["--show", "mine:train:0"], ["--show", "mine"]):
+        assert tool.main([str(artifact.path), *flags]) == 1
+        assert "expected" in capsys.readouterr().err
