@@ -182,7 +182,7 @@ def test_single_node_runs_every_step_and_trains_on_all_gpus(tmp_path: Path) -> N
     recipe = load_recipe("mobilellm_r1_140m")
     for call in calls:
         check_command(call)
-        assert call[0] == ("torchrun" if recipe.stage(call[-1]).distributed else "megatron-r1"), call
+        assert call[0] == ("torchrun" if recipe.stage(call[-1]).name == "train" else "megatron-r1"), call
         assert call[0] != "torchrun" or call[call.index("--nproc-per-node") + 1] == "4"
 
 
@@ -192,7 +192,7 @@ def test_slurm_chain(tmp_path: Path) -> None:
     exports = [dict(item.partition("=")[::2] for item in next(w for w in call if w.startswith("--export=")).removeprefix("--export=").split(",")) for call in calls]
     in_order([export["STEP"] for export in exports])
     for number, (call, export) in enumerate(zip(calls, exports)):
-        trains = recipe.stage(export["STEP"]).distributed
+        trains = recipe.stage(export["STEP"]).name == "train"
         assert export["SINGLE"] == ("0" if trains else "1")
         assert call[call.index("--nodes") + 1] == ("3" if trains else "1")
         assert any(word.startswith("--dependency=afterok:") for word in call) == (number > 0)
