@@ -39,6 +39,10 @@ class Mixture(Frozen):
     )
     clipped: list[str] = Field(default=[], description="sources whose rho is not positive, counted as 0 in Eq. 6")
     harmful: list[str] = Field(default=[], description="clipped sources whose interval of rho lies wholly below 0")
+    kept_out: list[str] = Field(
+        default=[],
+        description="sources with no share because an earlier mixture knew them to harm and they are not readmitted",
+    )
     capped: list[str] = Field(default=[], description="sources whose share is bound by max_epochs")
     epochs: dict[str, float] = Field(default={}, description="source -> passes over its tokens that the budget implies")
     budget: int | None = Field(default=None, description="training tokens the epochs refer to")

@@ -29,7 +29,7 @@ Advance = Callable[[int], None]
 
 
 def score(job: Job, checkpoints: CheckpointSet, ctx: ParallelContext) -> dict[str, Any] | None:
-    """Compute every missing partition and the receipt; returns the receipt. Collective."""
+    """Compute every missing partition and the receipt; returns the receipt, on rank 0. Collective."""
     mine = job.partitions()[ctx.data_rank :: ctx.data_size]
     per_point = direction_tokens(job) + sum(scoring_tokens(job, partition) for partition in mine)
     receipt_tokens = cost(job.config.validity, job.chosen, job.probe, job.seed, job.tokens) if ctx.is_main else 0
@@ -50,7 +50,8 @@ def score(job: Job, checkpoints: CheckpointSet, ctx: ParallelContext) -> dict[st
                 _take_receipt(job, point.step, engine, loaded, ctx, bar.advance)
             engine.verify_restored()
             ctx.barrier()
-    return _read_receipt(job)
+    # From here on rank 0 may complete the artifact, which removes the scratch folder.
+    return _read_receipt(job) if ctx.is_main else None
 
 
 def _missing(job: Job, point: CheckpointInfo) -> tuple[list[Partition], bool, bool]:

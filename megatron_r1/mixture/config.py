@@ -31,7 +31,8 @@ class MixtureConfig(StageConfig):
     1. rho_g = sum over scored documents of the joint benefit / their tokens: mean benefit per token.
     2. rho_g <= 0 counts as 0 ("clipped").
     3. A clipped source whose whole interval lies below 0 is known to harm: its share is 0 (`harmful: zero`).
-    4. Every other source gets max(floor, lambda * rho_g), at most its cap; lambda makes the shares sum to 1.
+    4. So is a source the previous mixture knew to harm, unless it is readmitted (`readmit`).
+    5. Every other source gets max(floor, lambda * rho_g), at most its cap; lambda makes the shares sum to 1.
     """
 
     stage: Literal["mixture"] = Field(default="mixture", description="Which stage this step runs.")
@@ -60,6 +61,13 @@ class MixtureConfig(StageConfig):
     harmful: Literal["zero", "floor"] = Field(
         default="zero",
         description="what a source gets whose interval of rho lies wholly below 0: nothing, or the floor",
+    )
+    readmit: Literal["every", "joint", "anew"] = Field(
+        default="every",
+        description="when a source that the previous mixture kept out as harmful may come back (inputs.previous): once "
+        "its interval lies above 0 for every capability; for the joint benefit; or judged anew, as the paper does. "
+        "Scores foretell the very next step only: a model that has not seen a source for a while gains from its word "
+        "frequencies at first, even where its tokens are shuffled",
     )
     normalise: Literal["none", "rms", "self"] = Field(
         default="rms",

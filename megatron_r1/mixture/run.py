@@ -50,6 +50,8 @@ def run(config: MixtureConfig, inputs: Mapping[str, Any], work: Workspace) -> Ar
 def _remark(mixture: Mixture, name: str) -> str:
     if name in mixture.harmful:
         return "  known to harm"
+    if name in mixture.kept_out:
+        return "  kept out as harmful before"
     if name in mixture.clipped:
         return "  clipped"
     return "  capped" if name in mixture.capped else ""
@@ -90,7 +92,8 @@ def mix(
     if config.method == "influence":
         if influence is None:
             raise ConfigError(expected="an influence artifact", found="none", fix="give the mixture's inputs.influence")
-        solution = solve(config, InfluenceTable.open(influence), tokens, config.seed or 0)
+        banned = [] if previous is None else [*previous.harmful, *previous.kept_out]
+        solution = solve(config, InfluenceTable.open(influence), tokens, config.seed or 0, banned)
         weights = solution.weights
         known = {
             "intervals": solution.intervals,
@@ -99,6 +102,7 @@ def mix(
             "rho_capability": solution.rho_capability,
             "clipped": solution.clipped,
             "harmful": solution.harmful,
+            "kept_out": solution.kept_out,
             "confidence": config.confidence,
             "normalise": config.normalise,
             "influence_sha256": influence.fingerprint,

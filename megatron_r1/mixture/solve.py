@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ class Solution:
     rho_capability: dict[str, dict[str, float]]
     clipped: list[str]
     harmful: list[str]
+    kept_out: list[str]
 
 
 def benefit_per_token(table: InfluenceTable, source: str, normalise: str) -> np.ndarray:
@@ -37,10 +38,13 @@ def benefit_per_token(table: InfluenceTable, source: str, normalise: str) -> np.
     return sums / table.scores(source).n_tokens.sum()
 
 
-def solve(config: MixtureConfig, table: InfluenceTable, tokens: Mapping[str, int], seed: int) -> Solution:
+def solve(
+    config: MixtureConfig, table: InfluenceTable, tokens: Mapping[str, int], seed: int, banned: Collection[str] = ()
+) -> Solution:
     """Weights of the sources in `tokens` (source -> training tokens).
 
-    The joint rho is the plain mean over capabilities (Eq. 5).
+    The joint rho is the plain mean over capabilities (Eq. 5). `banned`: sources an earlier mixture gave nothing because
+    they harm; they stay out unless `config.readmit` lets them in.
     """
     absent = sorted(set(tokens) - set(table.sources))
     if absent:
@@ -51,13 +55,18 @@ def solve(config: MixtureConfig, table: InfluenceTable, tokens: Mapping[str, int
         )
     per_capability = {name: benefit_per_token(table, name, config.normalise) for name in tokens}
     rho = {name: float(values.mean()) for name, values in per_capability.items()}
-    draws = {name: table.resample(name, config.bootstrap, seed, config.normalise).mean(axis=1) for name in tokens}
+    draws_by_capability = {name: table.resample(name, config.bootstrap, seed, config.normalise) for name in tokens}
+    draws = {name: values.mean(axis=1) for name, values in draws_by_capability.items()}
     rho_intervals = {name: interval(values, config.confidence) for name, values in draws.items()}
     clipped = [name for name in tokens if rho[name] <= 0]
     harmful = [name for name in clipped if rho_intervals[name][1] < 0]
-    bounds = Bounds.of(
-        tokens, config.floor, set(harmful) if config.harmful == "zero" else set(), config.budget, config.max_epochs
-    )
+    kept_out = [
+        name
+        for name in tokens
+        if name in banned and name not in harmful and not readmitted(config, draws_by_capability[name])
+    ]
+    zero = {*harmful, *kept_out} if config.harmful == "zero" else set()
+    bounds = Bounds.of(tokens, config.floor, zero, config.budget, config.max_epochs)
     weights = share({name: max(value, 0.0) for name, value in rho.items()}, bounds)
     return Solution(
         weights,
@@ -67,7 +76,16 @@ def solve(config: MixtureConfig, table: InfluenceTable, tokens: Mapping[str, int
         {name: dict(zip(table.record.capabilities, values.tolist())) for name, values in per_capability.items()},
         clipped,
         harmful,
+        kept_out,
     )
+
+
+def readmitted(config: MixtureConfig, draws: np.ndarray) -> bool:
+    """Whether a source that was kept out may come back, by the bootstrap of its rho per capability, [R, C]."""
+    if config.readmit == "anew":
+        return True
+    judged = draws if config.readmit == "every" else draws.mean(axis=1, keepdims=True)
+    return all(interval(judged[:, k], config.confidence)[0] > 0 for k in range(judged.shape[1]))
 
 
 def weight_intervals(

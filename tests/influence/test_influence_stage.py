@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+from launch import launch
 from small_world import TOKENS, influence_config
 
 from megatron_r1.artifacts.base import Artifact, open_workspace
@@ -167,6 +168,16 @@ def test_a_torn_partition_is_computed_again(scored: Artifact, world: World, tmp_
     torn.parent.mkdir(parents=True)
     torn.write_bytes(b"\x93NUMPY torn")
     assert digests(score(config, world, tmp_path).path) == digests(scored.path)
+
+
+def test_two_processes_share_the_work_and_write_the_same_bytes(scored: Artifact, world: World, tmp_path: Path) -> None:
+    arguments = {"inputs": {role: str(artifact.path) for role, artifact in world.items()}, "changes": {}}
+    results = launch(Path(__file__).parent / "influence_worker.py", 2, tmp_path, arguments)
+    shares = [{tuple(item) for item in result["saved"]} for result in results]
+    assert not shares[0] & shares[1]
+    assert [len(share) for share in shares] == [10, 10]
+    assert results[1]["artifact"] is None
+    assert digests(Path(results[0]["artifact"])) == digests(scored.path)
 
 
 def test_probe_folds_sum_to_the_whole_and_widen_the_intervals(

@@ -175,6 +175,39 @@ def test_change_from_the_previous_mixture(shards: Artifact, tmp_path: Path) -> N
     assert mix(after, tmp_path, shards=shards, previous=previous).change == pytest.approx(1 / 3)
 
 
+def test_a_harmful_source_comes_back_only_when_it_helps_every_capability(shards: Artifact, tmp_path: Path) -> None:
+    """b was harmful; now it helps code and harms math, and jointly helps."""
+    before = build_influence(tmp_path, one_column({"a": noisy(1.0), "b": noisy(-0.5), "c": noisy(0.2)}), ["code"], [10])
+    first = config()
+    inputs = {"shards": shards, "influence": before}
+    previous = run(first, inputs, open_workspace(tmp_path, "mix1", "mixture", first, inputs))
+    rates = {"a": (1.0, 1.0), "b": (0.9, -0.2), "c": (0.2, 0.1)}
+
+    def table(b_math: float) -> Artifact:
+        means = {**rates, "b": (0.9, b_math)}
+        content = {
+            name: ([100] * 30, {"code@10": (noisy(code) * 100).tolist(), "math@10": (noisy(math) * 100).tolist()})
+            for name, (code, math) in means.items()
+        }
+        return build_influence(tmp_path, content, ["code", "math"], [10])
+
+    tables = {b_math: table(b_math) for b_math in (-0.2, 0.3)}
+
+    def again(readmit: str, b_math: float = -0.2) -> Mixture:
+        inputs = {"shards": "corpus", "influence": "influence", "previous": "mix1"}
+        settings_ = config(inputs=inputs, readmit=readmit)
+        folder = tmp_path / readmit / str(b_math)
+        return mix(settings_, folder, shards=shards, influence=tables[b_math], previous=previous)
+
+    out = again("every")
+    assert (out.kept_out, out.harmful, out.weights["b"]) == (["b"], [], 0.0)
+    for mode in ("joint", "anew"):
+        found = again(mode)
+        assert found.kept_out == []
+        assert found.weights["b"] == pytest.approx(0.35 / (1.0 + 0.35 + 0.15))
+    assert again("every", b_math=0.3).kept_out == []
+
+
 def test_infeasible_caps_name_the_binding_source(shards: Artifact, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"binding: c \(at most 5.00 %\), b[\s\S]*raise max_epochs"):
         mix(config("uniform", budget="2000 tokens", max_epochs="1 epoch"), tmp_path, shards=shards)
