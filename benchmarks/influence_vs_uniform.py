@@ -1,11 +1,11 @@
-"""Influence mixture against uniform at equal tokens, from the same start, over several seeds.
+"""Influence mixture against uniform ones at equal tokens, from the same start, over several seeds.
 
-    python benchmarks/influence_vs_uniform.py --seeds 1 2 3 --runs-dir runs/seeds
+    python benchmarks/influence_vs_uniform.py --seeds 1 2 3
 
-For every seed the recipe runs up to both second pre-training phases (same start, same tokens, same order seeds; only the
-mixture differs). Prints and appends one dated row: final probe loss per capability under both, their difference, and its
-mean over seeds with a 95 % t-interval. With --extra STEP a further control (another train step of the recipe) is compared too.
-Whatever comes out is stored.
+For every seed the recipe (benchmarks/recipes/controls.yaml) runs up to three second pre-training phases: same start, same
+tokens, same order seeds, only the mixture differs: by influence, uniform over the pool, uniform over the pool's real
+sources. Prints and appends one dated row: final probe loss per capability under each, the differences, and their means over
+seeds with a 95 % t-interval. Whatever comes out is stored.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from megatron_r1.pipeline.runner import run_recipe
 from megatron_r1.utils import io, machine
 
 RESULTS = Path(__file__).parent / "results" / "influence_vs_uniform.jsonl"
+STEPS = {"influence": "pretrain2", "uniform": "pretrain2_uniform", "uniform_real": "pretrain2_real"}
+"""What is compared -> train step."""
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # two-sided, by degrees of freedom
 
 
@@ -42,12 +44,23 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def compare(rows: list[dict], control: str) -> dict[str, dict[str, float]]:
+    """Capability -> mean gain over a control in nats per token, its interval, and how many seeds gained. Prints it too."""
+    summary = {}
+    for name in rows[0]["influence"]:
+        gains = [row[control][name] - row["influence"][name] for row in rows]
+        mean, low, high = interval(gains)
+        wins = sum(gain > 0 for gain in gains)
+        summary[name] = {"mean_gain_nats": round(mean, 4), "low": round(low, 4), "high": round(high, 4), "wins": wins, "seeds": len(rows)}
+        print(f"{name:>12}: {control} - influence = {mean:+.4f} nats/token, 95 % [{low:+.4f}, {high:+.4f}], better in {wins} of {len(rows)}")
+    return summary
+
+
 def main() -> None:
+    """Run, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="quickstart")
+    parser.add_argument("--recipe", default=str(Path("benchmarks/recipes/controls.yaml")))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--influence", default="pretrain2", help="train step on the influence mixture")
-    parser.add_argument("--uniform", default="pretrain2_uniform", help="its control")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
@@ -56,24 +69,21 @@ def main() -> None:
     for seed in options.seeds:
         # The corpus keeps its own seed (1), so that seeds differ in training and measuring, not in the split of the text.
         recipe = load_recipe(options.recipe, [f"seed={seed}", "steps.corpus.seed=1", *options.overrides])
-        final = {}
-        for step in (options.influence, options.uniform):
+        row: dict = {"seed": seed}
+        for name, step in STEPS.items():
             done = run_recipe(recipe, options.runs_dir, shlex.join(sys.argv), until=step, verify="sizes")
-            final[step] = done[-1].artifact
-        influence, uniform = probe_losses(final[options.influence]), probe_losses(final[options.uniform])
-        rows.append({"seed": seed, "influence": influence, "uniform": uniform, "gain": {name: uniform[name] - influence[name] for name in influence}})
-        print(f"seed {seed}: " + ", ".join(f"{name} {uniform[name]:.4f} -> {influence[name]:.4f}" for name in influence), flush=True)
+            row[name] = probe_losses(done[-1].artifact)
+        rows.append(row)
+        print(f"seed {seed}: " + "; ".join(f"{name} " + ", ".join(f"{c} {v:.4f}" for c, v in row[name].items()) for name in STEPS), flush=True)
 
-    summary = {}
-    for name in rows[0]["gain"]:
-        mean, low, high = interval([row["gain"][name] for row in rows])
-        wins = sum(row["gain"][name] > 0 for row in rows)
-        summary[name] = {"mean_gain_nats": round(mean, 4), "low": round(low, 4), "high": round(high, 4), "wins": wins, "seeds": len(rows)}
-        print(f"{name:>12}: uniform - influence = {mean:+.4f} nats/token, 95 % [{low:+.4f}, {high:+.4f}], better in {wins} of {len(rows)}")
-    io.append_jsonl(RESULTS, {
-        "date": date.today().isoformat(), "command": "python " + shlex.join(sys.argv), "recipe": options.recipe, "overrides": options.overrides,
-        "machine": machine.describe(), "versions": machine.versions(), "rows": rows, "summary": summary,
-    })
+    summary = {control: compare(rows, control) for control in STEPS if control != "influence"}
+    io.append_jsonl(
+        RESULTS,
+        {
+            "date": date.today().isoformat(), "command": "python " + shlex.join(sys.argv), "recipe": options.recipe, "overrides": options.overrides,
+            "machine": machine.describe(), "versions": machine.versions(), "rows": rows, "summary": summary,
+        },
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
