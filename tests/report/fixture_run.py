@@ -205,7 +205,7 @@ def whole_run(folder: Path, **bend: Any) -> FixtureRun:
     run.train("pretrain2", "mix1", "pretrain1", start=5.6, end=5.0, gain=bend.get("gain", 0.15), tokens=491_520)
     run.train("pretrain2_uniform", "mix_uniform", "pretrain1", start=5.6, end=5.0, tokens=491_520)
     run.train("teacher", "mix_uniform", model="small", end=5.0)
-    run.influence("influence2", "pretrain2", strength=0.4)
+    run.influence("influence2", "pretrain2", strength=0.4, shuffled=bend.get("again", -0.9))
     run.mixture("mix2", "influence", "influence2")
     run.train("midtrain", "mix2", "pretrain2", "teacher", "distill", start=2.0, end=1.2, tokens=491_520)
     run.corpus("sft_corpus", {"gsm_chat": ("math", False), "factbook_chat": ("knowledge", False)})

@@ -29,8 +29,9 @@ def test_all_hold_in_the_good_run(good: dict[str, Verdict]) -> None:
 @pytest.mark.parametrize(
     ("bend", "key", "status", "said"),
     [
-        ({"shuffled": -0.1}, "shuffled_negative", "partly", "code (influence1)"),
-        ({"shuffled": 1.6}, "ahead_influence", "partly", "stdlib on code (influence1)"),
+        ({"shuffled": -0.1}, "shuffled_negative", "not ok", "code (influence1)"),
+        ({"again": -0.1}, "measured_again", "partly", "word frequencies"),
+        ({"shuffled": 1.6}, "ahead_influence", "not ok", "stdlib on code (influence1)"),
         ({"noise": 0.001}, "shuffled_weight", "partly", "mix1 ("),
         ({"noise": 5.0}, "ahead_weight", "partly", "champ (mix1)"),
         ({"gain": -0.2}, "beats_uniform", "not ok", "code 5.2"),
