@@ -2,7 +2,7 @@
 # GPU image on NVIDIA's PyTorch base, which brings torch, CUDA and Transformer Engine. The base is named at build time,
 # with its registry and tag:
 #   docker build --build-arg BASE=REGISTRY/nvidia/pytorch:TAG -t megatron-r1 .
-#   docker run --gpus all --shm-size 8g -v "$PWD/runs:/work/runs" megatron-r1 recipes
+#   docker run --gpus all --shm-size 8g -v "$PWD/runs:/trainer/runs" megatron-r1 recipes
 ARG BASE
 FROM ${BASE}
 
@@ -31,7 +31,7 @@ COPY megatron_r1 megatron_r1
 RUN python -m pip install --no-deps --no-build-isolation . \
     && python -c "import torch, transformer_engine, megatron.core, megatron_r1.cli; print(torch.__version__, megatron.core.__version__)" \
     && useradd --create-home --uid 1001 trainer \
-    && install -d -o trainer -g trainer /work/runs
+    && install -d -o trainer -g trainer /trainer/runs
 
 USER trainer
 WORKDIR /work
