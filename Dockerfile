@@ -34,6 +34,6 @@ RUN python -m pip install --no-deps --no-build-isolation . \
     && install -d -o trainer -g trainer /trainer/runs
 
 USER trainer
-WORKDIR /work
+WORKDIR /trainer
 ENTRYPOINT ["megatron-r1"]
 CMD ["--help"]
