@@ -14,6 +14,8 @@ from megatron_r1.pipeline.recipe import Recipe
 def print_plan(recipe: Recipe, runs_dir: Path) -> None:
     """The resolved recipe, then the derived values of every step."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # nothing is cut in a log
     console.print(yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True), markup=False, highlight=False, soft_wrap=True)
     print_plans(derive(recipe), console)
     console.print(f"artifacts would go to {Path(runs_dir) / recipe.name}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
@@ -147,7 +148,7 @@ def explain(recipe: Recipe, dotted: str) -> dict[str, str]:
             return {
                 "key": dotted,
                 "meaning": (info.description if info is not None else "") or "",
-                "type": str(getattr(annotation, "__name__", annotation)),
+                "type": annotation.__name__ if isinstance(annotation, type) else re.sub(r"\b[a-z_0-9]+\.", "", str(annotation)),
                 "value": repr(value),
                 "origin": recipe.layer.origins[written] if written == key or (written and info is None) else "the default" if written is None else f"the default, inside {recipe.layer.origins[written]}",
             }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megatron_r1.artifacts.ledger import draw, mermaid, read_run
 from megatron_r1.pipeline.recipe import load_recipe, shipped
@@ -13,11 +13,20 @@ from megatron_r1.pipeline.runner import Done
 from megatron_r1.utils.logging import duration, is_main_rank
 
 
+WIDE = 120
+"""Columns when the output is no terminal: nothing is cut in a log."""
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDE)
+
+
 def print_summary(done: list[Done]) -> None:
     """Steps with their times, the report's headline figures, and where to look."""
     if not is_main_rank():
         return
-    console = Console()
+    console = _console()
     table = Table("step", "stage", "time", "artifact", title="run", title_justify="left")
     for item in done:
         seconds = duration(item.artifact.manifest.seconds)
@@ -44,7 +53,7 @@ def print_recipes() -> None:
     for name in shipped():
         recipe = load_recipe(name)
         table.add_row(name, str(len(recipe.steps)), recipe.description)
-    Console().print(table)
+    _console().print(table)
 
 
 def print_ledger(folder: Path, verify: bool, graph: bool, as_mermaid: bool) -> int:
@@ -53,8 +62,8 @@ def print_ledger(folder: Path, verify: bool, graph: bool, as_mermaid: bool) -> i
     if as_mermaid:
         print(mermaid(entries))
         return 0
-    console = Console()
-    table = Table("artifact", "kind", "state", "files", "MiB", "time", "made (UTC)")
+    console = _console()
+    table = Table(Column("artifact", no_wrap=True), "kind", "state", "files", "MiB", "time", "made (UTC)")
     for entry in entries:
         manifest = entry.artifact.manifest if entry.artifact else None
         if manifest is None:
@@ -62,7 +71,7 @@ def print_ledger(folder: Path, verify: bool, graph: bool, as_mermaid: bool) -> i
             continue
         size = sum(record.bytes for record in manifest.files.values()) / 2**20
         state = f"{entry.state}, verified" if verify else entry.state
-        table.add_row(entry.path.name, manifest.kind, state, str(len(manifest.files)), f"{size:.1f}", duration(manifest.seconds), manifest.created)
+        table.add_row(entry.path.name, manifest.kind, state, str(len(manifest.files)), f"{size:.1f}", duration(manifest.seconds), manifest.created[:16].replace("T", " "))
     console.print(table)
     if graph:
         print(draw(entries))
