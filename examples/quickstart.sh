@@ -7,6 +7,5 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/setup_env.sh"
-export MEGATRON_R1_CACHE="${MEGATRON_R1_CACHE:-$root/.cache}"
 export MEGATRON_R1_RUNS="${MEGATRON_R1_RUNS:-$root/runs}"
 exec megatron-r1 run "${QUICKSTART_RECIPE:-quickstart}" "$@"

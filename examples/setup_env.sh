@@ -56,4 +56,5 @@ command -v c++ >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 ||
 
 export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true
+export MEGATRON_R1_CACHE="${MEGATRON_R1_CACHE:-$root/.cache}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$("$venv/bin/python" -c 'from megatron_r1.utils.machine import usable_cores; print(min(usable_cores(), 8))')}"
