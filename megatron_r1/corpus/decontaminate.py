@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from megatron_r1.corpus.filters import stretches
 from megatron_r1.data.packages import PACKAGES, humaneval_records
 from megatron_r1.utils.errors import DataError
 
@@ -36,15 +37,19 @@ class Overlap:
         """The first item the text shares n words in a row with, or None. Linear in the text."""
         if not self._grams:
             return None
-        words, run, known, n = _WORD.findall(text.lower()), 0, self._vocabulary, self.ngram
-        for end, word in enumerate(words, 1):
-            # A shared n-gram consists of words of the items only, so most texts never get as far as a look-up.
-            if word not in known:
-                run = 0
-                continue
-            run += 1
-            if run >= n and (found := self._grams.get(tuple(words[end - n : end]))) is not None:
-                return found
+        known, n = self._vocabulary, self.ngram
+        run: list[str] = []
+        for part in stretches(text):
+            for word in _WORD.findall(part.lower()):
+                # A shared n-gram consists of words of the items only, so most texts never get as far as a look-up.
+                if word not in known:
+                    if run:
+                        run = []
+                    continue
+                run.append(word)
+                if len(run) >= n and (found := self._grams.get(tuple(run[-n:]))) is not None:
+                    return found
+            run = run[-n:]
         return None
 
 

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
+from collections.abc import Iterator
 
 from megatron_r1.data.document import Document
 
+STRETCH = 1 << 20
+_SPACE = re.compile(r"\s")
 MIN_CHARS = {"text": 200, "chat": 1}
+
+
+def stretches(text: str, size: int = STRETCH) -> Iterator[str]:
+    """The text in stretches of about `size` characters that end at white space, so that no word is cut: one document may be
+    hundreds of megabytes, and a list of its words ten times that."""
+    start = 0
+    while start < len(text):
+        space = _SPACE.search(text, start + size)
+        end = space.end() if space else len(text)
+        yield text[start:end]
+        start = end
 
 
 def content_key(document: Document) -> str:
     """Equal for documents that differ in white space only: 128 bits, hex."""
-    return hashlib.sha256(" ".join(document.content().split()).encode("utf-8")).hexdigest()[:32]
+    digest, between = hashlib.sha256(), b""
+    for part in stretches(document.content()):
+        if words := part.split():
+            digest.update(between + " ".join(words).encode("utf-8"))
+            between = b" "
+    return digest.hexdigest()[:32]
 
 
 def group_of(document: Document, key: str | None = None) -> str:

@@ -127,7 +127,7 @@ def _sample(config: CorpusConfig, spools: Mapping[str, tuple[Spool, dict[str, An
     """Training text for the tokenizer: the same number of bytes of every source where it has them, chosen by the hash of ids."""
     share = int(config.tokenizer.sample) / len(spools)
     for name, (spool, record) in spools.items():
-        part = share / max(1, record["train_bytes"])
+        part, left = share / max(1, record["train_bytes"]), share
         for document in spool.documents():
             if document["split"] != "train":
                 continue
@@ -136,7 +136,11 @@ def _sample(config: CorpusConfig, spools: Mapping[str, tuple[Spool, dict[str, An
                 texts = [document["text"]] if "text" in document else [message["content"] for message in document["messages"]]
                 for text in texts:
                     # Training time grows with the longest word: a megabyte without a space would take hours.
-                    yield from pieces(text, SHORT) if len(text) > PIECE else [text]
+                    for piece in pieces(text, SHORT) if len(text) > PIECE else [text]:
+                        # Chance may choose one document that is larger than the whole share.
+                        if left > 0:
+                            left -= len(piece)
+                            yield piece
 
 
 def _tokenizer(config: CorpusConfig, given: Artifact | None, spools: Mapping[str, tuple[Spool, dict[str, Any]]], work: Workspace) -> Tokenizer:

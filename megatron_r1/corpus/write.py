@@ -70,7 +70,7 @@ def write_source(
         bar.advance(collected["bytes"])
         return SourceRecord.model_validate(read_json(done)), 0.0
     began = time.monotonic()
-    before, after = frame(tokenizer, append_eos, prepend_bos)
+    before, after = (np.asarray(ids, np.int32) for ids in frame(tokenizer, append_eos, prepend_bos))
     if item.format == "chat":
         require_chat(tokenizer)
     part = scratch / item.name
@@ -80,16 +80,17 @@ def write_source(
         part.mkdir(parents=True)
     writers: dict[str, ShardWriter] = {}
     for batch in _batches(spool):
+        rendered: list[tuple[Any, Any]]
         if item.format == "chat":
             rendered = [render(document["messages"], tokenizer) for document in batch]
         else:
-            encoded = tokenizer.encode_batch([document["text"] for document in batch])
-            rendered = [(before + ids + after, None) for ids in encoded]
+            encoded = tokenizer.encode_arrays([document["text"] for document in batch])
+            rendered = [(np.concatenate([before, ids, after]), None) for ids in encoded]
         for document, (ids, mask) in zip(batch, rendered, strict=True):
             split = document["split"]
             if split not in writers:
                 writers[split] = ShardWriter(part / split, tokenizer.vocab_size, masked=item.format == "chat")
-            writers[split].add(np.asarray(ids, np.int64), document["bytes"], document["id"], document["group"], mask)
+            writers[split].add(np.asarray(ids, np.int32), document["bytes"], document["id"], document["group"], mask)
         bar.advance(sum(document["bytes"] for document in batch))
     splits = {split: writers[split].close() if split in writers else SplitRecord(documents=0, tokens=0, bytes=0) for split in SPLITS}
     record = SourceRecord(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from pydantic import Field, ValidationError
 
 from megatron_r1.config.base import Frozen
@@ -23,6 +24,8 @@ INFO_FILE = "tokenizer_info.json"
 LONG = 1 << 18
 """Texts of more characters than this are tokenised in pieces, so that time and memory stay linear in the length."""
 PIECE = 1 << 16
+TOGETHER = 64
+"""Pieces of one long text that are tokenised at once."""
 
 
 class TokenizerInfo(Frozen):
@@ -224,9 +227,20 @@ class Tokenizer:
         """Ids of many texts at once; long ones in pieces."""
         if all(len(text) <= LONG for text in texts):
             return self.backend.encode_batch(texts)
-        parts = [pieces(text) if len(text) > LONG else [text] for text in texts]
-        encoded = iter(self.backend.encode_batch([piece for part in parts for piece in part]))
-        return [[token for _ in part for token in next(encoded)] for part in parts]
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of many texts at once, int32 arrays; a long text is tokenised a few megabytes at a time, so memory stays small."""
+        found: list[np.ndarray | None] = [None] * len(texts)
+        short = [i for i, text in enumerate(texts) if len(text) <= LONG]
+        for i, ids in zip(short, self.backend.encode_batch([texts[i] for i in short]), strict=True):
+            found[i] = np.asarray(ids, np.int32)
+        for i, text in enumerate(texts):
+            if found[i] is None:
+                parts = pieces(text)
+                groups = (self.backend.encode_batch(parts[j : j + TOGETHER]) for j in range(0, len(parts), TOGETHER))
+                found[i] = np.concatenate([np.asarray(ids, np.int32) for group in groups for ids in group])
+        return found  # type: ignore[return-value]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens by name."""

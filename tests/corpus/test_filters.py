@@ -7,7 +7,7 @@ from corpus_toys import WORDS
 
 from megatron_r1.corpus.config import SplitConfig
 from megatron_r1.corpus.decontaminate import Overlap, load
-from megatron_r1.corpus.filters import Filters, content_key, group_of
+from megatron_r1.corpus.filters import Filters, content_key, group_of, stretches
 from megatron_r1.corpus.splits import Splitter
 from megatron_r1.data.document import Document
 from megatron_r1.utils.errors import DataError
@@ -26,6 +26,21 @@ def test_length_and_duplicates_are_counted():
     assert filters.dropped == {"duplicate": 1, "short": 1}
     keeping = Filters(0, False)
     assert all(keeping.keep(document(text), content_key(document(text))) for text in texts)
+
+
+def test_stretches_do_not_change_keys_or_matches(monkeypatch):
+    words = ITEM.split()
+    text = "\n".join(["a b c d"] * 5 + words + ["e f"] * 5)
+    assert "".join(stretches(text, 7)) == text
+    assert all(part[-1].isspace() or text.endswith(part) for part in stretches(text, 7))
+    assert list(stretches("x" * 50, 7)) == ["x" * 50]
+    overlap = Overlap(13)
+    overlap.add("item/1", ITEM)
+    key = content_key(document(text))
+    monkeypatch.setattr(stretches, "__defaults__", (7,))
+    assert content_key(document(text)) == key
+    assert overlap.name(text) == "item/1"
+    assert overlap.name(" ".join([*words[:9], "not", *words[9:]][:18])) is None
 
 
 def test_equal_texts_are_one_group_in_every_source():
