@@ -76,6 +76,7 @@ def main() -> None:
         rows.append(row)
         print(f"seed {seed}: " + "; ".join(f"{name} " + ", ".join(f"{c} {v:.4f}" for c, v in row[name].items()) for name in STEPS), flush=True)
 
+    RESULTS.parent.mkdir(exist_ok=True)
     summary = {control: compare(rows, control) for control in STEPS if control != "influence"}
     io.append_jsonl(
         RESULTS,
