@@ -124,8 +124,8 @@ def _measured_again(run: Run, name: str | None) -> tuple[Verdict, ...]:
     fails = all(part.status == "not ok" for part in known)
     status: Status = "ok" if holds else "not ok" if fails else "partly"
     why = "" if holds else (
-        " A score foretells the very next step only: a model that has not seen a source for a while gains from its word "
-        "frequencies at first, shuffled or not."
+        " A score foretells the very next step only; the likely reason is that a model that has not seen a source for a "
+        "while gains from its word frequencies first, shuffled or not (docs/numerics.md)."
     )  # fmt: skip
     return (Verdict("measured_again", claim, status, " ".join(part.detail for part in known) + why),)
 
