@@ -200,7 +200,7 @@ class Workspace:
         files = {}
         with io.disk_errors(self.path):
             for path in sorted(self.path.rglob("*")):
-                if not path.is_file() or path.name == MANIFEST and path.parent == self.path:
+                if not path.is_file() or (path.name == MANIFEST and path.parent == self.path):
                     continue
                 with open(path, "rb") as stream:
                     os.fsync(stream.fileno())

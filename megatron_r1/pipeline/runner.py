@@ -16,7 +16,15 @@ from pathlib import Path
 
 import yaml
 
-from megatron_r1.artifacts.base import MANIFEST, Artifact, Verify, artifact_path, open_artifact, open_workspace, step_fingerprint
+from megatron_r1.artifacts.base import (
+    MANIFEST,
+    Artifact,
+    Verify,
+    artifact_path,
+    open_artifact,
+    open_workspace,
+    step_fingerprint,
+)
 from megatron_r1.config.load import nearest
 from megatron_r1.pipeline.recipe import Recipe
 from megatron_r1.utils import io

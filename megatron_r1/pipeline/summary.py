@@ -12,7 +12,6 @@ from megatron_r1.pipeline.recipe import load_recipe, shipped
 from megatron_r1.pipeline.runner import Done
 from megatron_r1.utils.logging import duration, is_main_rank
 
-
 WIDE = 120
 """Columns when the output is no terminal: nothing is cut in a log."""
 

@@ -48,7 +48,7 @@ def human(number: float) -> str:
 
 def duration(seconds: float) -> str:
     """75 -> '1m15s'."""
-    seconds = int(round(seconds))
+    seconds = round(seconds)
     hours, minutes, rest = seconds // 3600, seconds // 60 % 60, seconds % 60
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 

@@ -80,7 +80,7 @@ def test_unknown_key_names_nearest_key_file_and_line(tmp_path: Path) -> None:
     assert "steps.train.lr.peek" in caught.value.found
     assert "did you mean 'peak'" in caught.value.fix
     layer.origins = {("steps", "train", *key): value for key, value in layer.origins.items()}
-    with pytest.raises(ConfigError, match="a.yaml:3"):
+    with pytest.raises(ConfigError, match=r"a.yaml:3"):
         validate(Settings, layer.data, layer, ("steps", "train"))
 
 
@@ -103,7 +103,7 @@ def test_wrong_value_names_key_line_and_reason(tmp_path: Path) -> None:
 
 def test_missing_value(tmp_path: Path) -> None:
     layer = load(write(tmp_path / "a.yaml", "lr:\n  schedule: linear\nbudget: 1 tokens\n"), find)
-    with pytest.raises(ConfigError, match="lr.peak"):
+    with pytest.raises(ConfigError, match=r"lr.peak"):
         validate(Settings, layer.data, layer)
 
 

@@ -34,7 +34,7 @@ def test_bytes(text: str, value: int) -> None:
 
 @pytest.mark.parametrize("bad", [2048, 2048.0, "2048", "2k", "fast", "1.5 tokens", "-3 tokens", True, None, "16 MiB"])
 def test_a_bare_or_wrong_quantity_is_refused(bad: object) -> None:
-    with pytest.raises(ValidationError, match="unit|quantity|whole number|number of epochs"):
+    with pytest.raises(ValidationError, match=r"unit|quantity|whole number|number of epochs"):
         Sample(budget=bad)
 
 
