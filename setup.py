@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent
 
 
 def requirements(name: str) -> list[str]:
-    """Lines of a requirements file without comments; pins become lower bounds only where the file says so."""
+    """Lines of a requirements file, without comments and pip options."""
     lines = (line.split("#")[0].strip() for line in (ROOT / "requirements" / name).read_text().splitlines())
     return [line for line in lines if line and not line.startswith("-")]
 
