@@ -26,6 +26,61 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+    grouped: bool,
+    parity: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.qk_norm_rope.qk_norm_rope` by automatic derivatives: q [s, b, heads, h], k and v [s, b, kv heads, h]."""
+    if grouped:
+        heads = qkv.unflatten(-1, (num_kv_heads, -1, head_dim))
+        q, k, v = heads[..., :-2, :].flatten(2, 3), heads[..., -2, :], heads[..., -1, :]
+    else:
+        q, k, v = qkv.unflatten(-1, (-1, head_dim)).split([num_heads, num_kv_heads, num_kv_heads], dim=-2)
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    # One row of the table per token, the same for all its heads: [s, 1 or b, 1, rot/2].
+    at = positions if positions.dim() == 2 else positions[:, None]
+    cos, sin = cos[at].unsqueeze(2), sin[at].unsqueeze(2)
+
+    def normalise(x: Tensor) -> Tensor:
+        if norm == "none":
+            return x
+        squares = x.pow(2)
+        return x * torch.rsqrt((squares.mean(-1, keepdim=True) if norm == "rms" else squares.sum(-1, keepdim=True)) + eps)
+
+    def turn(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        rot = 2 * c.shape[-1]
+        turned, rest = x[..., :rot], x[..., rot:]
+        if interleaved:
+            a, b = turned[..., 0::2], turned[..., 1::2]
+            return torch.cat([torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2), rest], -1)
+        a, b = turned.chunk(2, -1)
+        return torch.cat([a * c + -b * s, b * c + a * s, rest], -1)
+
+    def one(x: Tensor, weight: Tensor | None) -> Tensor:
+        if not parity:
+            y = normalise(x.to(wide))
+            return turn(y if weight is None else y * weight.to(wide), cos, sin).to(x.dtype)
+        if interleaved:  # Llama4TextAttention
+            return normalise(turn(x.to(wide), cos, sin).to(x.dtype).to(wide)).to(x.dtype)
+        y = normalise(x.to(wide)).to(x.dtype)  # Qwen3Attention
+        return turn(y if weight is None else weight.to(x.dtype) * y, cos.to(x.dtype), sin.to(x.dtype))
+
+    return one(q, q_weight), one(k, k_weight), v
+
+
 def qkv_prologue(qkv: Tensor, groups: int, head_dim: int, theta: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Packed qkv [s, b, g*(r+2)*h] -> q [b, g*r, s, h], k and v [b, g, s, h], with q and k normalised and rotated."""
     s, b, _ = qkv.shape

@@ -20,6 +20,19 @@ def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -
     return _table(max(256, 1 << (length - 1).bit_length()), head_dim, theta, device)[:length]
 
 
+def cos_sin(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the same angles, as the kernels read them: fp32 [length, head_dim/2] each, contiguous, the bits of
+    `rope_table`. Cut from cached tables."""
+    cos, sin = _cos_sin(max(256, 1 << (length - 1).bit_length()), head_dim, theta, device)
+    return cos[:length], sin[:length]
+
+
+@lru_cache(maxsize=8)
+def _cos_sin(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    table = torch.view_as_real(_table(length, head_dim, theta, device))
+    return table[..., 0].contiguous(), table[..., 1].contiguous()
+
+
 @lru_cache(maxsize=8)
 def _table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
