@@ -37,13 +37,14 @@ struct WgradDotArgs {
 
 // One block of rows of one document's weight gradient: main_grad += block; scores[k] += <block, g[k]> for all K, in one pass.
 struct AddAndDotArgs {
-  const void* block = nullptr;  // [rows, cols], f32 or f64 (scores_dtype)
+  const void* block = nullptr;  // [rows, cols], block_dtype
   const void* g = nullptr;      // [K, rows, cols]: the same rows of every probe
   void* main_grad = nullptr;    // [rows, cols]; null: scores only
   void* scores = nullptr;       // [K] side by side
   void* workspace = nullptr;    // GPU: add_and_dot_workspace(args) bytes, aligned to 256
   int64_t rows = 0, cols = 0, probes = 0;
   int64_t block_stride = 0, g_stride = 0, g_probe_stride = 0, main_grad_stride = 0;
+  DType block_dtype = DType::f32;  // GPU: f32 or f64, as scores_dtype; CPU: bf16 too
   DType g_dtype = DType::f32, main_grad_dtype = DType::f32, scores_dtype = DType::f32;
 };
 
