@@ -165,6 +165,8 @@ struct State {
   std::vector<std::unique_ptr<Fiber>> fibers;
   Fiber* current = nullptr;
   std::vector<Fiber*> runnable, polling;
+  std::vector<std::vector<Fiber*>> ready;  // in a launch by priority: what can run, by warp
+  size_t ready_count = 0;
   std::vector<Warp> warps;
   std::vector<Meeting<128>> warpgroups;
   Barrier barriers[kMaxBarriers];
@@ -173,9 +175,9 @@ struct State {
   unsigned threads = 0, live = 0;
   uint64_t random = 0;
   uint64_t seeded_with = 0;
-  bool by_priority = false;  // this launch: one warp runs far ahead, instead of all in turn
-  int async_policy = 0;      // this launch: 0 any time, 1 soon, 2 as late as possible
-  std::vector<unsigned> priority;
+  bool by_priority = false;  // this block: the first warp that can, runs far ahead, instead of all in turn
+  int async_policy = 0;      // this block: 0 any time, 1 soon, 2 as late as possible
+  std::vector<unsigned> order;  // of the warps, where priority counts
   uint64_t block_number = 0;  // counts blocks of the whole program: static shared memory is renewed when it changes
   size_t static_shared = 0;
   const char* kernel = "";
@@ -225,7 +227,12 @@ inline unsigned block_threads() { return state.threads; }
 
 inline void make_runnable(Fiber* f) {
   f->status = Status::runnable;
-  state.runnable.push_back(f);
+  if (state.by_priority) {
+    state.ready[f->linear >> 5].push_back(f);
+    ++state.ready_count;
+  } else {
+    state.runnable.push_back(f);
+  }
 }
 
 inline void switch_to_scheduler() {
@@ -517,36 +524,36 @@ inline Fiber* take(std::vector<Fiber*>& from, size_t i) {
   return f;
 }
 
+inline size_t count_runnable() { return state.by_priority ? state.ready_count : state.runnable.size(); }
+
 inline Fiber* take_runnable() {
-  size_t chosen;
-  if (!state.by_priority) {
-    chosen = random_below(state.runnable.size());
-  } else {
-    if (random_below(64) == 0) std::swap(state.priority[random_below(state.priority.size())], state.priority[random_below(state.priority.size())]);
-    chosen = 0;
-    for (size_t i = 1; i < state.runnable.size(); ++i) {
-      if (state.priority[state.runnable[i]->linear >> 5] > state.priority[state.runnable[chosen]->linear >> 5]) chosen = i;
-    }
+  if (!state.by_priority) return take(state.runnable, random_below(state.runnable.size()));
+  if (random_below(256) == 0) std::swap(state.order[random_below(state.order.size())], state.order[random_below(state.order.size())]);
+  for (unsigned w : state.order) {
+    if (state.ready[w].empty()) continue;
+    --state.ready_count;
+    return take(state.ready[w], random_below(state.ready[w].size()));
   }
-  return take(state.runnable, chosen);
+  fail("the emulator lost a thread");
 }
 
 inline Fiber* next_fiber() {
   state.current = nullptr;
   for (;;) {
     if (state.async_policy == 1 && !state.work.empty() && random_below(2) == 0) run_random_work();
-    for (int attempt = 0; attempt < 4 && !state.runnable.empty(); ++attempt) {
-      const size_t some = state.async_policy != 2 && !state.work.empty() ? 1 : 0;
-      const size_t i = random_below(state.runnable.size() + state.polling.size() + some);
-      if (i < state.runnable.size()) return take_runnable();
-      if (i < state.runnable.size() + state.polling.size()) {
-        const size_t p = i - state.runnable.size();
+    if (count_runnable() > 0 && state.polling.empty() && state.work.empty()) return take_runnable();
+    for (int attempt = 0; attempt < 4 && count_runnable() > 0; ++attempt) {
+      const size_t now = count_runnable(), some = state.async_policy != 2 && !state.work.empty() ? 1 : 0;
+      const size_t i = random_below(now + state.polling.size() + some);
+      if (i < now) return take_runnable();
+      if (i < now + state.polling.size()) {
+        const size_t p = i - now;
         if (state.polling[p]->predicate(state.polling[p]->predicate_of)) return take(state.polling, p);
       } else {
         run_random_work();
       }
     }
-    if (!state.runnable.empty()) return take_runnable();
+    if (count_runnable() > 0) return take_runnable();
     if (!state.polling.empty()) {
       const size_t start = random_below(state.polling.size());
       for (size_t k = 0; k < state.polling.size(); ++k) {
@@ -586,8 +593,9 @@ inline void run_block() {
   ++state.block_number;
   state.static_shared = 0;
   state.live = state.threads;
-  state.runnable.clear();
-  state.polling.clear();
+  state.by_priority = random_below(2) == 0;
+  state.async_policy = static_cast<int>(random_below(3));
+  for (size_t i = state.order.size(); i > 1; --i) std::swap(state.order[i - 1], state.order[random_below(i)]);
   for (Barrier& b : state.barriers) {
     b.arrived = b.expected = 0;
     b.everyone = false;
@@ -609,9 +617,6 @@ inline void run_block() {
   const auto [tls, tls_bytes] = thread_local_block();
   if (tls_bytes) std::memset(tls, 0xff, tls_bytes);
   if (state.dynamic_bytes) std::memset(state.dynamic_shared, 0xff, state.dynamic_bytes);
-  state.by_priority = random_below(2) == 0;
-  state.async_policy = static_cast<int>(random_below(3));
-  for (size_t i = state.priority.size(); i > 1; --i) std::swap(state.priority[i - 1], state.priority[random_below(i)]);
   while (state.live > 0) {
     Fiber* f = next_fiber();
     f->status = Status::runnable;
@@ -654,8 +659,9 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
   }
   state.warps.resize((state.threads + 31) / 32);
   state.warpgroups.resize((state.threads + 127) / 128);
-  state.priority.resize(state.warps.size());
-  for (size_t w = 0; w < state.priority.size(); ++w) state.priority[w] = static_cast<unsigned>(w);
+  state.ready.resize(state.warps.size());
+  state.order.resize(state.warps.size());
+  for (size_t w = 0; w < state.order.size(); ++w) state.order[w] = static_cast<unsigned>(w);
   void* memory = nullptr;
   if (shared_bytes && posix_memalign(&memory, 1024, shared_bytes) != 0) fail("no memory for dynamic shared memory");
   state.dynamic_shared = static_cast<unsigned char*>(memory);
