@@ -1,0 +1,1 @@
+"""The cases of bench_kernels.py, one module per op."""
