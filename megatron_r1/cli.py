@@ -1,4 +1,4 @@
-"""The face: `megatron-r1 run | recipes | ledger | export`. Parses, calls, prints; imports the rest when needed."""
+"""The face: `megatron-r1 run | recipes | ledger | export | doctor`. Parses, calls, prints; imports the rest when needed."""
 
 from __future__ import annotations
 
@@ -44,11 +44,15 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("folder", type=Path, help="where to write; must not exist")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the written weights")
     export.set_defaults(action=_export)
+
+    doctor = commands.add_parser("doctor", help="what this machine has, and which implementation each operation would take")
+    doctor.add_argument("--require", action="append", default=[], metavar="NAME", help="fail unless every operation that has this implementation would use it, e.g. csrc")
+    doctor.set_defaults(action=_doctor)
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. Returns the exit status: 0 done, 2 the user can act on the printed error."""
+    """Entry point. Returns the exit status: 0 done, 1 the answer is no (ledger, doctor), 2 the user can act on the printed error."""
     options = parser().parse_args(arguments)
     try:
         return options.action(options)
@@ -103,3 +107,9 @@ def _export(options: argparse.Namespace) -> int:
 
     print(export_checkpoint(options.checkpoint, options.folder, options.dtype, _command()))
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from megatron_r1.ops.doctor import run
+
+    return run(options.require)

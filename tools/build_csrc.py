@@ -75,8 +75,10 @@ class Toolchain:
 
     @cached_property
     def cuda_home(self) -> Path:
-        """The toolkit nvcc belongs to."""
-        return Path(str(self.nvcc)).resolve().parent.parent
+        """The toolkit nvcc belongs to, in its own words: the file on PATH may be a script that calls the real one."""
+        printed = subprocess.run([str(self.nvcc), "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True)
+        top = re.search(r"^#\$ TOP=(.+)$", printed.stderr + printed.stdout, re.M)
+        return Path(top.group(1).strip() if top else str(Path(str(self.nvcc)).resolve().parent.parent)).resolve()
 
 
 def find_nvcc() -> str | None:
