@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Makes (or completes) the virtual environment in .venv and puts it on PATH. Source it from the project's scripts:
+# Makes (or completes) the virtual environment in .venv, builds the kernels of csrc/ where that is possible, and puts the
+# environment on PATH. Source it from the project's scripts:
 #   source examples/setup_env.sh
-# Environment: PYTHON=python3.12 another interpreter; VENV=folder another place; OMP_NUM_THREADS threads a process.
+# Environment: PYTHON=python3.12 another interpreter; VENV=folder another place; OMP_NUM_THREADS threads a process;
+# MEGATRON_R1_BUILD_EXT=0 no kernels, =1 kernels or an error; MEGATRON_R1_BUILD_CUDA=1 CUDA kernels also where no GPU is visible,
+# =0 none.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -44,15 +47,15 @@ if [ ! -f "$venv/.complete-$stamp" ]; then
   say "installing the pinned packages of requirements/cpu.txt"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$lock"
   say "installing megatron_r1 itself"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$root"
+  MEGATRON_R1_BUILD_EXT=0 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$root"
   rm -f "$venv"/.complete-*
   touch "$venv/.complete-$stamp"
   say "environment ready after $((SECONDS - began)) s"
 else
   say "environment $venv is complete"
 fi
-command -v c++ >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 ||
-  say "no C++ compiler found: everything runs, but operations stay plain torch (torch.compile and compiled kernels, which are faster, need one)"
+# Compiles only what changed since the last time; says what was built, or why nothing was (everything runs without, slower).
+"$venv/bin/python" "$root/tools/build_csrc.py" --optional --cuda visible >&2
 
 export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true

@@ -11,7 +11,8 @@ imported: only its headers and libraries are needed.
 
 Environment: MEGATRON_R1_BUILD_EXT 0 skip, 1 whatever stands in the way is an error, unset: absent tools skip where that was
 allowed (`--optional`, setup.py), a compile that fails is an error. MEGATRON_R1_BUILD_CUDA 0 C++ only, 1 CUDA is required, unset:
-CUDA when nvcc is found. CXX the C++ compiler, CUDA_HOME the CUDA toolkit, MAX_JOBS compilers at a time.
+CUDA when nvcc is found (setup_env.sh: and a GPU is visible). CXX the C++ compiler, CUDA_HOME the CUDA toolkit, MAX_JOBS
+compilers at a time.
 """
 
 from __future__ import annotations
@@ -132,17 +133,25 @@ def _find_torch() -> tuple[Path, str]:
 
 
 def find_toolchain(cuda: str = "auto") -> Toolchain:
-    """What this machine builds with. cuda: `auto` (when there is an nvcc), `off` or `require`. Raises ToolMissing."""
+    """What this machine builds with. Raises ToolMissing.
+
+    cuda: `auto` (when there is an nvcc), `visible` (when there is an nvcc and a GPU), `off` or `require`.
+    """
     if not sys.platform.startswith("linux"):
         raise ToolMissing("Linux", sys.platform, "use the plain torch implementations here; nothing else is needed")
     cxx, (torch, version) = _find_cxx(), _find_torch()
-    nvcc, why = (None, "") if cuda == "off" else _checked_nvcc()
+    nvcc, why = (None, "") if cuda == "off" or (cuda == "visible" and not gpu_visible()) else _checked_nvcc()
     if cuda == "require" and nvcc is None:
         raise ToolMissing(
             f"nvcc of CUDA {CUDA_MINIMUM} or newer, because CUDA kernels were required", why,
             f"install the CUDA toolkit, set CUDA_HOME, or build without (--cuda off, {CUDA_VARIABLE}=0)",
         )  # fmt: skip
     return Toolchain(cxx, nvcc, torch, version)
+
+
+def gpu_visible() -> bool:
+    """Whether the NVIDIA driver shows a device to this machine or container."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
 def cuda_setting(environment: Mapping[str, str] = os.environ) -> str:
@@ -265,11 +274,19 @@ def up_to_date(out: Path, tools: Toolchain, rooms: tuple[str, ...] = ROOMS) -> b
 
 
 def build(out: Path = LIBRARY, cuda: str = "auto", rooms: tuple[str, ...] = ROOMS, jobs: int | None = None, say: Callable[[str], None] = print) -> Path:
-    """Compile what changed and link `out`. Returns it. Raises BuildError with the compiler's words, ToolMissing when a tool is absent."""
+    """Compile what changed and link `out`. Returns it. Raises BuildError with the compiler's words, ToolMissing when a tool is absent.
+
+    cuda: see `find_toolchain`.
+    """
     tools = find_toolchain(cuda)
-    info = build_info(tools, rooms)
-    architectures = info.split(";")[0].removeprefix("cuda=")
-    what = "C++ only" if architectures == "none" else f"C++ and CUDA for {architectures.replace(',', ', ')}"
+    note = ""
+    if cuda == "visible" and tools.nvcc is None and find_nvcc():
+        # One with more in it, from an earlier build, is as good.
+        full = find_toolchain("auto")
+        tools = full if up_to_date(out, full, rooms) else tools
+        note = "" if tools is full else f"; no GPU is visible, so CUDA was left out ({CUDA_VARIABLE}=1 builds it)"
+    architectures = build_info(tools, rooms).split(";")[0].removeprefix("cuda=")
+    what = ("C++ only" if architectures == "none" else f"C++ and CUDA for {architectures.replace(',', ', ')}") + note
     if up_to_date(out, tools, rooms):
         say(f"[csrc] {out.name} is up to date: {what}")
         return out
@@ -284,7 +301,7 @@ def build(out: Path = LIBRARY, cuda: str = "auto", rooms: tuple[str, ...] = ROOM
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
-    say(f"[csrc] built {out.name} in {time.monotonic() - began:.0f} s: {what} ({out.stat().st_size / 1e6:.1f} MB, torch {tools.torch_version})")
+    say(f"[csrc] built {out.name} in {time.monotonic() - began:.0f} s: {what} ({out.stat().st_size / 1e6:.1f} MB)")
     return out
 
 
@@ -292,14 +309,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point. Status 0 built or rightly skipped, 1 not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=LIBRARY)
-    parser.add_argument("--cuda", choices=("auto", "off", "require"), help=f"default: {CUDA_VARIABLE}, else auto")
+    parser.add_argument("--cuda", choices=("auto", "visible", "off", "require"), help=f"default: {CUDA_VARIABLE}, else auto; the variable decides over `visible`, too")
     parser.add_argument("--only", action="append", choices=ROOMS, help="build this room only; can be given several times")
     parser.add_argument("--jobs", type=int, help="compilers at a time")
     parser.add_argument("--optional", action="store_true", help="an absent tool is said and no error")
     parser.add_argument("--check", action="store_true", help="build nothing: status 0 when the library is made from the present sources")
     options = parser.parse_args(arguments)
-    rooms = tuple(options.only or ROOMS)
+    rooms, cuda = tuple(options.only or ROOMS), ""
     try:
+        cuda = options.cuda or cuda_setting()
+        if cuda == "visible" and cuda_setting() != "auto":
+            cuda = cuda_setting()
         if options.check:
             # Which toolchain built it is of no matter here, only from what.
             same = options.out.exists() and f"sources={source_hash()};".encode() in options.out.read_bytes()
@@ -308,9 +328,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.optional and ext_setting() == "skip":
             print(f"[csrc] not built, because {EXT_VARIABLE}=0{_stays(options.out)}")
             return 0
-        build(options.out, options.cuda or cuda_setting(), rooms, options.jobs)
+        build(options.out, cuda, rooms, options.jobs)
     except ToolMissing as error:
-        if options.optional and ext_setting() != "require":
+        # Asking for CUDA by name is asking for the library.
+        if options.optional and ext_setting() != "require" and cuda != "require":
             print(f"[csrc] not built: expected {error.expected}; found {error.found}{_stays(options.out)}")
             return 0
         print(f"{type(error).__name__}\n{error}", file=sys.stderr)
