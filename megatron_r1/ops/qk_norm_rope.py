@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_r1.ops import reference
+from megatron_r1.ops import extension, reference
 from megatron_r1.ops.dispatch import Op
+from megatron_r1.ops.selfcheck import absent_until_checked
 from megatron_r1.utils.errors import DataError
 
 NORMS = ("none", "rms", "l2")
@@ -177,6 +179,65 @@ class _Reference:
         return dqkv.contiguous(), dqw.to(cos.dtype), dkw.to(cos.dtype)
 
 
+class _Csrc:
+    """The compiled library: C++ on a CPU, CUDA on a GPU."""
+
+    @staticmethod
+    def forward(
+        qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor, plan: Plan
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.megatron_r1.qk_norm_rope_fwd(qkv, q_weight, k_weight, cos, sin, positions, *_numbers(plan))
+
+    @staticmethod
+    def backward(
+        dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor,
+        q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor, plan: Plan,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        dq, dk, dv = (_side_by_side(t) for t in (dq, dk, dv))
+        return torch.ops.megatron_r1.qk_norm_rope_bwd(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, *_numbers(plan))
+
+
+def _numbers(plan: Plan) -> tuple[Any, ...]:
+    """`plan` in the order of the operators' schemas."""
+    return (*plan[:3], NORMS.index(plan.norm), *plan[4:])
+
+
+def _side_by_side(t: Tensor) -> Tensor:
+    """Autograd hands out expanded gradients (of a sum): the kernels want neighbouring elements side by side."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+@lru_cache(maxsize=1)
+def _describe() -> None:
+    """Tell torch the shapes of the two operators' results, and the derivative of the first.
+
+    Once, when the library is loaded. The derivative serves torch.compile and those who call the operator themselves.
+    """
+
+    def empty(qkv: Tensor, heads: int, h: int) -> Tensor:
+        return qkv.new_empty((*qkv.shape[:2], heads, h))
+
+    def forward_shapes(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor, nq: int, nkv: int, h: int, *rest: Any) -> tuple[Tensor, Tensor]:
+        return empty(qkv, nq, h), empty(qkv, nkv, h)
+
+    def backward_shapes(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor, nq: int, nkv: int, h: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return qkv.new_empty(qkv.shape), *(cos.new_empty(0 if weight is None else h) for weight in (q_weight, k_weight))
+
+    def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:6])
+        ctx.numbers = inputs[6:]
+
+    def derivative(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        dv = torch.zeros_like(dk)
+        dqkv, *dw = torch.ops.megatron_r1.qk_norm_rope_bwd(_side_by_side(dq), _side_by_side(dk), dv, *saved, *ctx.numbers)
+        return dqkv, _like(dw[0], saved[1]), _like(dw[1], saved[2]), *([None] * 11)
+
+    torch.library.register_fake("megatron_r1::qk_norm_rope_fwd", forward_shapes)
+    torch.library.register_fake("megatron_r1::qk_norm_rope_bwd", backward_shapes)
+    torch.library.register_autograd("megatron_r1::qk_norm_rope_fwd", derivative, setup_context=save)
+
+
 class _QKNormRope(torch.autograd.Function):
     """An implementation's forward and backward as one differentiable step; saves qkv only."""
 
@@ -202,7 +263,41 @@ def _like(gradient: Tensor, weight: Tensor | None) -> Tensor | None:
     return None if weight is None else gradient.to(weight.dtype)
 
 
+def _check_cuda() -> str | None:
+    """Forward and backward of the CUDA kernels against the definition in fp64: None, or what was wrong."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        for interleaved, grouped, head_dim, norm, gain in ((True, True, 64, "rms", False), (False, False, 128, "rms", True), (True, False, 64, "l2", True)):
+            plan = Plan(6, 2, head_dim, norm, 1e-5, interleaved, grouped, False)
+            angles = torch.randn(40, head_dim // 2, generator=generator)
+            positions = torch.randint(0, 40, (37, 3), generator=generator)
+            random = [
+                torch.randn(shape, generator=generator).to(dtype)
+                for shape in ((37, 3, 6, head_dim), (37, 3, 2, head_dim), (37, 3, 2, head_dim), (37, 3, 10 * head_dim))
+            ]
+            gains = [torch.rand(head_dim, generator=generator) + 0.5 if gain else None for _ in range(2)]
+            there = [None if t is None else t.cuda() for t in (*random, *gains, angles.cos(), angles.sin(), positions)]
+            exact = [t if t is None or t is positions else t.double() for t in (*random, *gains, angles.cos(), angles.sin(), positions)]
+            ours = (*_Csrc.forward(*there[3:], plan), *_Csrc.backward(*there, plan))
+            right = (*_Reference.forward(*exact[3:], plan), *_Reference.backward(*exact, plan))
+            for name, x, y in zip(("q", "k", "dqkv", "dq_weight", "dk_weight"), ours, right):
+                error = 0.0 if not y.numel() else float((x.cpu().double() - y).abs().max() / y.abs().max())
+                if not error <= tolerance:
+                    return f"its self-check failed: {name} of {dtype}, head size {head_dim}, is off by {error:.1e} (at most {tolerance:.0e})"
+    return None
+
+
+_absent = absent_until_checked(_check_cuda)
+
+
+def _csrc_absent(device: str) -> str | None:
+    if extension.missing() is None:
+        _describe()
+    return _absent(device)
+
+
 QK_NORM_ROPE = Op("qk_norm_rope")
+QK_NORM_ROPE.register("csrc", _Csrc, _csrc_absent)
 QK_NORM_ROPE.register("analytic", _Analytic)
 QK_NORM_ROPE.register("reference", _Reference)
 
