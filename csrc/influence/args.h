@@ -48,6 +48,17 @@ struct AddAndDotArgs {
   DType g_dtype = DType::f32, main_grad_dtype = DType::f32, scores_dtype = DType::f32;
 };
 
+// scores[d] = sum over the tokens t of document d of <x[t], y[t]>: one probe's scores, where x or y went through the probe.
+struct RowDotArgs {
+  const void* x = nullptr;             // [tokens, width]
+  const void* y = nullptr;             // [tokens, width]
+  const int32_t* cu_device = nullptr;  // [documents + 1]
+  void* scores = nullptr;              // [documents], score_stride apart; every element is written
+  void* workspace = nullptr;           // row_dot_workspace(args) bytes, aligned to 256
+  int64_t tokens = 0, width = 0, documents = 0, x_stride = 0, y_stride = 0, score_stride = 1;
+  DType x_dtype = DType::f32, y_dtype = DType::f32;  // y: x's or f32 (f64 for f64); scores: f32 (f64 for f64)
+};
+
 // --- GPU, in launch.cu; every function returns null or a static sentence about what went wrong (a CUDA error at launch) ------
 
 // One fused pass (wgmma + TMA) on a GPU of compute capability 9.0. False for sizes, strides, alignments or dtypes it does not take.
@@ -58,5 +69,8 @@ const char* wgrad_dot_sm90(const WgradDotArgs& args, void* stream);
 // The step after each product of the plain GPU path. The order of summation is fixed: the same bits every time.
 int64_t add_and_dot_workspace(const AddAndDotArgs& args);
 const char* add_and_dot(const AddAndDotArgs& args, void* stream);
+
+int64_t row_dot_workspace(const RowDotArgs& args);
+const char* row_dot(const RowDotArgs& args, void* stream);
 
 }  // namespace mr1
