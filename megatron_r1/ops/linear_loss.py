@@ -1,16 +1,18 @@
 """Output head and loss in one operation, a chunk of positions at a time: the logits never exist as a whole.
 
 At an 8192-token vocabulary the head and its loss are more than half of a small model's training step, most of it memory
-traffic. Here a chunk's logits are made, turned into losses and derivatives, and multiplied into the two gradients while they
-are in the cache. That takes the weight each position will have in the sum of losses: the caller states what it expects (the
-loss mask), and the backward pass checks that the gradient that arrives is that weight times one number; if it is not, the
-gradients are computed again from what did arrive. So the result is right in any case, and fast in the usual one.
+traffic. Here a chunk's logits are made, turned into losses and derivatives in place (`ops.softmax_rows`), and multiplied into
+the two gradients while they are in the cache. That takes the weight each position will have in the sum of losses: the caller
+states what it expects (the loss mask), and the backward pass checks that the gradient that arrives is that weight times one
+number; if it is not, the gradients are computed again from what did arrive. So the result is right in any case, and fast in
+the usual one.
 
-Legend: n positions, d hidden size, V vocabulary, p pieces it is cut into.
+Legend: n positions, d hidden size, V vocabulary, p pieces it is cut into, K probe gradients; W fp32, or fp64 for fp64 weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,52 +20,52 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_r1.ops.row_losses import RowLoss
+from megatron_r1.ops.softmax_rows import wide_dtype
+from megatron_r1.utils.errors import DataError
 
 # Logits of one chunk: what fits a CPU core's caches, and what keeps a GPU busy.
 _CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 _FEWEST_ROWS = 64
 
 
-def _chunk_rows(weight: Tensor) -> int:
-    return max(_CHUNK_BYTES.get(weight.device.type, 64 << 20) // (4 * weight.shape[0]), _FEWEST_ROWS)
+def _chunks(n: int, row: Tensor) -> Iterator[tuple[int, int]]:
+    """Bounds of chunks of n positions, whose logits are each like `row`."""
+    step = max(_CHUNK_BYTES.get(row.device.type, 64 << 20) // (row.element_size() * row.numel()), _FEWEST_ROWS)
+    return ((a, min(a + step, n)) for a in range(0, n, step))
 
 
-def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor | None) -> Tensor:
-    """fp32 [c, V/p], in `buffer` when the product is fp32 already."""
-    if buffer is None:
-        return torch.mm(hidden, weight.t()).float()
-    return torch.mm(hidden, weight.t(), out=buffer[: hidden.shape[0]])
-
-
-def _buffer(weight: Tensor, rows: int) -> Tensor | None:
-    return torch.empty(rows, weight.shape[0], device=weight.device) if weight.dtype == torch.float32 else None
+def _logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(a, b, logits of positions a to b), all in the same memory."""
+    room = weight.new_empty(0)
+    for a, b in _chunks(hidden.shape[0], weight[:, 0]):
+        room = room if room.numel() else weight.new_empty(b - a, weight.shape[0])
+        yield a, b, torch.mm(hidden[a:b], weight.t(), out=room[: b - a])
 
 
 def _losses(hidden: Tensor, weight: Tensor, rows: RowLoss) -> Tensor:
-    """Losses [n] without derivatives."""
-    step = min(_chunk_rows(weight), hidden.shape[0])
-    buffer, result = _buffer(weight, step), torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    for a in range(0, hidden.shape[0], step):
-        b = min(a + step, hidden.shape[0])
-        result[a:b] = rows(_logits(hidden[a:b], weight, buffer), a, b, False)
+    """Losses W [n] without derivatives."""
+    result = hidden.new_empty(hidden.shape[0], dtype=wide_dtype(weight.dtype))
+    for a, b, z in _logits(hidden, weight):
+        result[a:b] = rows(z, a, b)
     return result
 
 
-def _losses_and_gradients(hidden: Tensor, weight: Tensor, rows: RowLoss, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [n] and the gradients of sum(shares * losses): for hidden [n, d] and weight [V/p, d] (fp32)."""
-    step = min(_chunk_rows(weight), hidden.shape[0])
-    buffer, result = _buffer(weight, step), torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    d_hidden, d_weight = torch.empty_like(hidden), torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-    for a in range(0, hidden.shape[0], step):
-        b = min(a + step, hidden.shape[0])
-        z = _logits(hidden[a:b], weight, buffer)
-        result[a:b] = rows(z, a, b, True)
-        dz = z.mul_(shares[a:b, None]).to(weight.dtype)
-        torch.mm(dz, weight, out=d_hidden[a:b])
-        if weight.dtype == torch.float32:
-            d_weight.addmm_(dz.t(), hidden[a:b])
-        else:
-            d_weight += torch.mm(dz.t(), hidden[a:b])
+def _losses_and_gradients(
+    hidden: Tensor, weight: Tensor, rows: RowLoss, shares: Tensor, weight_gradient: bool = True, scorer: _Scorer | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Losses W [n] and the gradients of sum(shares * losses): for hidden [n, d] and weight W [V/p, d]."""
+    wide = wide_dtype(weight.dtype)
+    result = hidden.new_empty(hidden.shape[0], dtype=wide)
+    d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide) if weight_gradient else None
+    for a, b, z in _logits(hidden, weight):
+        result[a:b] = rows(z, a, b, shares[a:b])
+        torch.mm(z, weight, out=d_hidden[a:b])
+        if d_weight is not None and weight.dtype == wide:
+            d_weight.addmm_(z.t(), hidden[a:b])
+        elif d_weight is not None:
+            d_weight += torch.mm(z.t(), hidden[a:b])
+        if scorer is not None:
+            scorer.add(z, hidden[a:b], a, b)
     return result, d_hidden, d_weight
 
 
@@ -79,6 +81,8 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, expected, d_hidden, d_weight = ctx.saved_tensors
+        if grad.numel() == 0:
+            return d_hidden, d_weight.to(weight.dtype), None, None
         largest = expected.abs().argmax()
         factor = grad[largest] / expected[largest]
         if not torch.equal(grad, expected * factor):  # also when nothing was expected: 0/0 equals nothing
@@ -89,36 +93,141 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def linear_loss(hidden: Tensor, weight: Tensor, rows: RowLoss, expected: Tensor | None = None) -> Tensor:
-    """Losses fp32 [n] of the logits hidden @ weight^T, differentiable with respect to both.
+    """Losses W [n] of the logits hidden @ weight^T, differentiable with respect to both.
 
-    hidden [n, d], weight [V/p, d]. `expected` [n]: the weights the losses are about to be summed with (a loss mask), up to
-    one common factor; None means equal weights. A wrong guess costs time, not correctness.
+    hidden [n, d], weight [V/p, d], any float type, any strides. `expected` [n]: the weights the losses are about to be summed
+    with (a loss mask), up to one common factor; None means equal weights. A wrong guess costs time, not correctness.
+    With a vocabulary in pieces the gradient of hidden is this piece's part of it. Raises DataError on arguments that do not
+    fit each other and, on a CPU, on labels outside the vocabulary.
     """
+    _check(hidden, weight, rows, expected)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        if expected is None:
-            expected = torch.ones(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        return _LinearLoss.apply(hidden.contiguous(), weight, rows, expected.detach().float())
-    return _losses(hidden.detach(), weight.detach(), rows)
+        return _LinearLoss.apply(hidden.contiguous(), weight.contiguous(), rows, _shares(hidden, weight, expected))
+    return _losses(hidden.detach().contiguous(), weight.detach().contiguous(), rows)
+
+
+def linear_loss_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: RowLoss,
+    probes: Tensor,
+    cu_seqlens: Tensor,
+    expected: Tensor | None = None,
+    weight_gradient: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Losses, and how far each document's gradient of the head's weight points along K probe gradients, in one pass.
+
+    Document i is positions cu_seqlens[i] to cu_seqlens[i + 1]; cu_seqlens [documents + 1] int32 or int64, from 0 to n.
+    Returns (losses W [n], scores W [documents, K], gradient of hidden [n, d], gradient of weight W [V/p, d], or None without
+    `weight_gradient`); gradients and scores are of sum(expected * losses), all ones when None. Not differentiable.
+        scores[i, k] = <probes[k], sum over the positions of i of dz^T hidden>,  dz = d(expected * loss)/d(logits)
+                     = sum over the positions of i of (dz @ probes[k]) . hidden
+    which needs one more product per probe, as large as one of the head's own, and neither the gradient of a document nor a
+    second set of logits. probes [K, V/p, d], the rows of this piece; in another type than weight's, dz is converted first. With a vocabulary in
+    pieces the scores are summed over them; the gradient of hidden is this piece's part.
+    Raises DataError on arguments that do not fit each other.
+    """
+    _check(hidden, weight, rows, expected)
+    with torch.no_grad():
+        hidden, weight = hidden.detach().contiguous(), weight.detach().contiguous()
+        scorer = _Scorer(hidden, weight, probes.detach(), cu_seqlens)
+        shares = _shares(hidden, weight, expected)
+        losses, d_hidden, d_weight = _losses_and_gradients(hidden, weight, rows, shares, weight_gradient, scorer)
+        return losses, rows.piece.sum(scorer.scores()), d_hidden, d_weight
+
+
+class _Scorer:
+    """Adds up the scores of `linear_loss_scores`, chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, probes: Tensor, cu_seqlens: Tensor) -> None:
+        if probes.dim() != 3 or probes.shape[1:] != weight.shape or probes.device != weight.device:
+            raise DataError(
+                expected=f"probes: [probes, {weight.shape[0]}, {weight.shape[1]}] on {weight.device}, gradients of the head's weight",
+                found=f"{tuple(probes.shape)} on {probes.device}",
+                fix="pass this rank's rows of the probe gradients of the same weight",
+            )
+        ends = cu_seqlens.cpu()
+        fits = ends.dim() == 1 and ends.dtype in (torch.int32, torch.int64) and ends.numel() > 0
+        if not (fits and ends[0] == 0 and ends[-1] == hidden.shape[0] and bool((ends.diff() >= 0).all())):
+            raise DataError(
+                expected=f"cu_seqlens: whole numbers from 0 to the {hidden.shape[0]} positions, none smaller than the one before it",
+                found=f"{ends.dtype} {ends.tolist() if ends.numel() < 9 else tuple(ends.shape)}",
+                fix="pass each document's first position, and the number of positions at the end",
+            )
+        self.probes, self.lengths = probes.contiguous(), ends.long().diff().to(hidden.device)
+        # fp64: a document's score is a sum over thousands of positions of either sign.
+        self.parts = hidden.new_zeros(hidden.shape[0], probes.shape[0], dtype=torch.float64)
+        self.wide = wide_dtype(weight.dtype)
+
+    def add(self, dz: Tensor, hidden: Tensor, a: int, b: int) -> None:
+        """Positions a to b, dz [c, V/p] and hidden [c, d]."""
+        dz = dz.to(self.probes.dtype)
+        for k, probe in enumerate(self.probes):
+            self.parts[a:b, k] = torch.linalg.vecdot(torch.mm(dz, probe).to(self.wide), hidden.to(self.wide))
+
+    def scores(self) -> Tensor:
+        """W [documents, K]; a document without positions has 0."""
+        return torch.segment_reduce(self.parts, "sum", lengths=self.lengths, axis=0, initial=0.0).to(self.wide)
+
+
+def _shares(hidden: Tensor, weight: Tensor, expected: Tensor | None) -> Tensor:
+    if expected is None:
+        return hidden.new_ones(hidden.shape[0], dtype=wide_dtype(weight.dtype))
+    return expected.detach().to(wide_dtype(weight.dtype)).contiguous()
+
+
+def _check(hidden: Tensor, weight: Tensor, rows: RowLoss, expected: Tensor | None) -> None:
+    size = rows.piece.end - rows.piece.start
+    if weight.dim() != 2 or weight.shape[0] != size or not weight.is_floating_point():
+        raise DataError(
+            expected=f"weight: [{size}, hidden size], floating point, a row for each token of the piece of the vocabulary",
+            found=f"{tuple(weight.shape)} {weight.dtype}",
+            fix="pass the output head's weight, and row losses made for its piece of the vocabulary",
+        )
+    if hidden.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype or hidden.device != weight.device:
+        raise DataError(
+            expected=f"hidden: [positions, {weight.shape[1]}] {weight.dtype} on {weight.device}, like weight",
+            found=f"{tuple(hidden.shape)} {hidden.dtype} on {hidden.device}",
+            fix="flatten batch and sequence, and convert to weight's type",
+        )
+    if expected is not None and expected.shape != hidden.shape[:1]:
+        raise DataError(
+            expected=f"expected: one number for each of {hidden.shape[0]} positions",
+            found=f"shape {tuple(expected.shape)}",
+            fix="pass the flattened loss mask, or None",
+        )
 
 
 class _LogitsLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: RowLoss, derive: bool) -> Tensor:
-        z = logits.flatten(0, -2).float()
-        z = z.clone() if z.data_ptr() == logits.data_ptr() else z
-        losses = rows(z, 0, z.shape[0], derive)
-        if derive:
-            ctx.save_for_backward(z)
-        ctx.shape, ctx.dtype = logits.shape, logits.dtype
-        return losses.view(logits.shape[:-1])
+    def forward(ctx: Any, logits: Tensor, rows: RowLoss) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.rows = rows
+        return _losses_of(logits, rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (z,) = ctx.saved_tensors
-        return (z * grad.reshape(-1, 1)).view(ctx.shape).to(ctx.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (logits,) = ctx.saved_tensors
+        dz = logits.clone(memory_format=torch.contiguous_format)
+        flat, shares = dz.view(-1, dz.shape[-1]), grad.to(wide_dtype(dz.dtype)).reshape(-1)
+        if flat.numel():
+            for a, b in _chunks(flat.shape[0], flat[0]):
+                ctx.rows(flat[a:b], a, b, shares[a:b])
+        return dz, None
+
+
+def _losses_of(logits: Tensor, rows: RowLoss) -> Tensor:
+    flat = logits.flatten(0, -2)
+    result = flat.new_empty(flat.shape[0], dtype=wide_dtype(flat.dtype))
+    if flat.numel():
+        for a, b in _chunks(flat.shape[0], flat[0]):
+            result[a:b] = rows(flat[a:b].clone(memory_format=torch.contiguous_format), a, b)
+    return result.view(logits.shape[:-1])
 
 
 def logits_loss(logits: Tensor, rows: RowLoss) -> Tensor:
-    """The same losses from given logits [..., V/p] -> fp32 [...]; differentiable."""
-    return _LogitsLoss.apply(logits, rows, torch.is_grad_enabled() and logits.requires_grad)
+    """The same losses from given logits [..., V/p] -> W [...]; differentiable. The logits are left alone."""
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _LogitsLoss.apply(logits, rows)
+    return _losses_of(logits.detach(), rows)
