@@ -31,6 +31,7 @@ class Array {
     void* memory = nullptr;
     if (posix_memalign(&memory, 256, std::max<size_t>(n * sizeof(T), 1)) != 0) fail("no memory for %zu bytes", n * sizeof(T));
     data_.reset(static_cast<T*>(memory));
+    races::watch(memory, n * sizeof(T), false);
   }
   T* data() { return size_ ? data_.get() : nullptr; }  // an empty tensor's pointer is null
   const T* data() const { return size_ ? data_.get() : nullptr; }
@@ -44,7 +45,10 @@ class Array {
 
  private:
   struct Free {
-    void operator()(T* p) const { std::free(static_cast<void*>(p)); }
+    void operator()(T* p) const {
+      races::unwatch(p);
+      std::free(static_cast<void*>(p));
+    }
   };
   size_t size_;
   std::unique_ptr<T, Free> data_;

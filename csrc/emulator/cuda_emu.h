@@ -8,7 +8,7 @@
 //
 //   mr1_emu::wait_until([&] { return barrier->phase != parity; }, "mbarrier full[0]");
 //       goes on when the predicate holds. If every thread of the block waits and no predicate holds, the run ends with
-//       an error that lists who waits for what. The predicate must only read.
+//       an error that lists who waits for what. The predicate must only read. (A third argument: see races.h.)
 //
 //   struct Lane { float in, out; } lane{x, 0.f};                       // each of the mask's lanes has its own
 //   mr1_emu::warp_rendezvous(mask, &lane, "my_op", [](void* const* lanes) {   // indexed by lane; null outside the mask
@@ -49,6 +49,7 @@
 #include <link.h>
 
 #include "fiber.h"
+#include "races.h"
 
 // ---------------------------------------------------------------------------------------------- CUDA's own types
 
@@ -145,6 +146,7 @@ struct Barrier {
   Site site{"", 0};
   std::vector<Fiber*> waiting;
   std::vector<uint8_t> came;  // per thread, in this phase
+  races::Clock clock;
 };
 
 struct AsyncWork {
@@ -280,12 +282,14 @@ inline void block_on(const char* what, Site site, std::string (*describe)(const 
 }
 
 template <class Predicate>
-void wait_until(Predicate&& predicate, const char* what, Site site = Site::here()) {
+void wait_until(Predicate&& predicate, const char* what, const void* object = nullptr, Site site = Site::here()) {
   Fiber& f = self(what);
   using P = std::remove_reference_t<Predicate>;
+  Untracked untracked;
+  auto done = [&] { object ? acquire(object) : races::acquire_everything(); };
   if (predicate()) {  // even so, others may come first
     if (random_below(4) == 0) yield();
-    return;
+    return done();
   }
   f.status = Status::polling;
   f.what = what;
@@ -295,6 +299,7 @@ void wait_until(Predicate&& predicate, const char* what, Site site = Site::here(
   f.predicate_of = &predicate;
   state.polling.push_back(&f);
   switch_to_scheduler();
+  done();
 }
 
 // ---- Asynchronous work
@@ -302,37 +307,32 @@ void wait_until(Predicate&& predicate, const char* what, Site site = Site::here(
 inline void run_work(size_t i) {
   AsyncWork entry = std::move(state.work[i]);
   state.work.erase(state.work.begin() + static_cast<std::ptrdiff_t>(i));
+  races::Running running(entry.ticket, entry.queue);
   entry.run();
 }
 
 inline uint64_t async(const char* what, std::function<void()> run, int queue = -1) {
   self(what);
   state.work.push_back({++state.tickets, queue, what, std::move(run)});
+  races::issue(state.tickets);
   return state.tickets;
 }
 
 inline bool async_done(uint64_t ticket) {
-  return std::none_of(state.work.begin(), state.work.end(), [&](const AsyncWork& w) { return w.ticket == ticket; });
+  const bool done = std::none_of(state.work.begin(), state.work.end(), [&](const AsyncWork& w) { return w.ticket == ticket; });
+  if (done) races::finished(ticket);
+  return done;
 }
 
 // Runs the entry, and before it everything its queue holds ahead of it.
 inline void async_finish(uint64_t ticket) {
-  int queue = -2;
-  for (const AsyncWork& w : state.work) {
-    if (w.ticket == ticket) queue = w.queue;
+  auto find = [&] { return std::find_if(state.work.begin(), state.work.end(), [&](const AsyncWork& w) { return w.ticket == ticket; }); };
+  for (auto mine = find(); mine != state.work.end(); mine = find()) {
+    const int queue = mine->queue;
+    const auto first = queue < 0 ? mine : std::find_if(state.work.begin(), state.work.end(), [&](const AsyncWork& w) { return w.queue == queue; });
+    run_work(static_cast<size_t>(first - state.work.begin()));
   }
-  if (queue == -2) return;
-  for (size_t i = 0; i < state.work.size();) {
-    const AsyncWork& w = state.work[i];
-    if (w.ticket == ticket || (queue >= 0 && w.queue == queue && w.ticket < ticket)) {
-      const bool last = w.ticket == ticket;
-      run_work(i);
-      if (last) return;
-      i = 0;  // the work itself may have added some
-    } else {
-      ++i;
-    }
-  }
+  races::finished(ticket);
 }
 
 inline void run_random_work() {
@@ -427,7 +427,11 @@ inline bool release_if_complete(Barrier& b) {
       }
     }
   }
-  for (Fiber* f : b.waiting) make_runnable(f);
+  for (Fiber* f : b.waiting) {
+    races::depart(f->linear, b.clock);
+    make_runnable(f);
+  }
+  races::reset(b.clock);
   b.waiting.clear();
   b.arrived = 0;
   b.expected = 0;
@@ -455,6 +459,7 @@ inline void barrier(int id, int threads, bool everyone, bool wait, const char* w
   if (b.came[f.linear]) fail("at %s: %s %d: comes twice in one phase", site.text().c_str(), what, id);
   b.came[f.linear] = 1;
   ++b.arrived;
+  races::arrive(b.clock);
   f.barrier = id;
   if (!wait) {
     release_if_complete(b);
@@ -508,6 +513,8 @@ struct SharedArray {
       __asan_poison_memory_region(data + bytes, (offset + bytes + whole - 1) / whole * whole - offset - bytes);
 #endif
     }
+    Untracked untracked;
+    races::watch(data, bytes, true);
     std::memset(data, 0xff, bytes);
     state.static_shared += bytes;
     if (state.static_shared > options.shared_without_asking) fail("static shared memory: more than %zu bytes (at %s)", options.shared_without_asking, name);
@@ -600,6 +607,7 @@ inline void run_block() {
     b.arrived = b.expected = 0;
     b.everyone = false;
     b.waiting.clear();
+    races::reset(b.clock);
     b.came.assign(state.threads, 0);
   }
   for (unsigned t = 0; t < state.threads; ++t) {
@@ -616,13 +624,17 @@ inline void run_block() {
   for (auto& m : state.warpgroups) m.arrived = 0;
   const auto [tls, tls_bytes] = thread_local_block();
   if (tls_bytes) std::memset(tls, 0xff, tls_bytes);
+  races::watch(tls, tls_bytes, true);
+  races::start_block();
   if (state.dynamic_bytes) std::memset(state.dynamic_shared, 0xff, state.dynamic_bytes);
   while (state.live > 0) {
     Fiber* f = next_fiber();
     f->status = Status::runnable;
     state.current = f;
     threadIdx = f->index;
+    races::start_thread(f->linear);
     switch_context(state.main, f->context);
+    races::nobody();
   }
   state.current = nullptr;
   if (!state.work.empty()) fail("the block ends before its asynchronous work (%s) was waited for", state.work.front().what);
@@ -667,6 +679,8 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
   state.dynamic_shared = static_cast<unsigned char*>(memory);
   state.dynamic_bytes = shared_bytes;
   state.running = true;
+  races::start_launch(state.threads);
+  races::watch(memory, shared_bytes, true);
   // Blocks run in no promised order: a random one, unless there are so many that the list itself would be large.
   std::vector<uint32_t> order;
   if (blocks <= (1u << 20)) {
@@ -681,6 +695,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
   }
   state.running = false;
   state.body = nullptr;
+  races::unwatch(memory);
   std::free(memory);
   state.dynamic_shared = nullptr;
 }
@@ -728,11 +743,22 @@ inline void __syncthreads(mr1_emu::Site site = mr1_emu::Site::here()) {
   mr1_emu::barrier(0, 0, true, true, "__syncthreads", site);
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, mr1_emu::Site site = mr1_emu::Site::here()) {
-  mr1_emu::warp_rendezvous(mask, nullptr, "__syncwarp", [](void* const*) {}, site);
+  mr1_emu::warp_rendezvous(
+      mask, mr1_emu::state.current, "__syncwarp",
+      [](void* const* lanes) {
+        mr1_emu::races::Clock clock;
+        for (int l = 0; l < 32; ++l) {
+          if (lanes[l]) mr1_emu::races::arrive_for(static_cast<mr1_emu::Fiber*>(lanes[l])->linear, clock);
+        }
+        for (int l = 0; l < 32; ++l) {
+          if (lanes[l]) mr1_emu::races::depart(static_cast<mr1_emu::Fiber*>(lanes[l])->linear, clock);
+        }
+      },
+      site);
 }
-inline void __threadfence() {}
+inline void __threadfence() { mr1_emu::races::fence(); }
 inline void __threadfence_block() {}
-inline void __threadfence_system() {}
+inline void __threadfence_system() { mr1_emu::races::fence(); }
 inline void __nanosleep(unsigned) { mr1_emu::yield(); }
 
 namespace mr1_emu {
@@ -861,6 +887,8 @@ T __reduce_min_sync(unsigned mask, T value, mr1_emu::Site site = mr1_emu::Site::
 template <class T>
 T atomicAdd(T* p, std::type_identity_t<T> v) {
   static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long> || std::is_same_v<T, float> || std::is_same_v<T, double>, "CUDA has no such atomicAdd");
+  mr1_emu::races::atomic_access(p, sizeof(T));
+  mr1_emu::Untracked untracked;
   const T old = *p;
   *p = old + v;
   return old;
@@ -869,6 +897,8 @@ T atomicAdd(T* p, std::type_identity_t<T> v) {
   template <class T>                                     \
   T name(T* p, std::type_identity_t<T> v) {              \
     static_assert(std::is_integral_v<T> && sizeof(T) >= 4, "CUDA has no such " #name); \
+    mr1_emu::races::atomic_access(p, sizeof(T));         \
+    mr1_emu::Untracked untracked;                        \
     const T old = *p;                                    \
     *p = (expression);                                   \
     return old;                                          \
@@ -883,11 +913,15 @@ MR1_EMU_ATOMIC(atomicXor, old ^ v)
 template <class T>
 T atomicExch(T* p, std::type_identity_t<T> v) {
   static_assert(sizeof(T) >= 4);
+  mr1_emu::races::atomic_access(p, sizeof(T));
+  mr1_emu::Untracked untracked;
   return std::exchange(*p, v);
 }
 template <class T>
 T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> v) {
   static_assert(std::is_integral_v<T> && sizeof(T) >= 2);
+  mr1_emu::races::atomic_access(p, sizeof(T));
+  mr1_emu::Untracked untracked;
   const T old = *p;
   if (old == expected) *p = v;
   return old;
@@ -1036,8 +1070,16 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
   }
   return cudaSuccess;
 }
-inline cudaError_t cudaMalloc(void** p, size_t bytes) { return (*p = std::aligned_alloc(256, (bytes + 255) / 256 * 256)) ? cudaSuccess : cudaErrorMemoryAllocation; }
-inline cudaError_t cudaFree(void* p) { return std::free(p), cudaSuccess; }
+inline cudaError_t cudaMalloc(void** p, size_t bytes) {
+  if (posix_memalign(p, 256, std::max<size_t>(bytes, 1)) != 0) return cudaErrorMemoryAllocation;
+  mr1_emu::races::watch(*p, bytes, false);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* p) {
+  mr1_emu::races::unwatch(p);
+  std::free(p);
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t = nullptr) { return std::memmove(to, from, bytes), cudaSuccess; }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) { return std::memmove(to, from, bytes), cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = nullptr) { return std::memset(to, value, bytes), cudaSuccess; }
