@@ -234,7 +234,13 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def compile_objects(tools: Toolchain, rooms: tuple[str, ...] = ROOMS, jobs: int | None = None, say: Callable[[str], None] = print) -> dict[Path, Path]:
+def compile_objects(
+    tools: Toolchain,
+    rooms: tuple[str, ...] = ROOMS,
+    jobs: int | None = None,
+    say: Callable[[str], None] = print,
+    suffixes: tuple[str, ...] = (".cpp", ".cu"),
+) -> dict[Path, Path]:
     """Source -> object, compiling what has no object yet. What the compiler printed is kept beside it (`.log`). Raises BuildError."""
     OBJECTS.mkdir(parents=True, exist_ok=True)
 
@@ -256,7 +262,7 @@ def compile_objects(tools: Toolchain, rooms: tuple[str, ...] = ROOMS, jobs: int 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with concurrent.futures.ThreadPoolExecutor(jobs or int(os.environ.get("MAX_JOBS") or min(cores, 8))) as pool:
         # CUDA files first: they take longest.
-        work = sorted(compile_commands(tools, rooms), key=lambda job: job[0].suffix != ".cu")
+        work = sorted((job for job in compile_commands(tools, rooms) if job[0].suffix in suffixes), key=lambda job: job[0].suffix != ".cu")
         return dict(pool.map(one, work))
 
 
