@@ -296,10 +296,11 @@ def _csrc_absent(device: str) -> str | None:
     return _absent(device)
 
 
+# What is registered gives a pair of functions, forward and backward: attention's own backward calls them one by one.
 QK_NORM_ROPE = Op("qk_norm_rope")
-QK_NORM_ROPE.register("csrc", _Csrc, _csrc_absent)
-QK_NORM_ROPE.register("analytic", _Analytic)
-QK_NORM_ROPE.register("reference", _Reference)
+QK_NORM_ROPE.register("csrc", lambda qkv: _Csrc, _csrc_absent)
+QK_NORM_ROPE.register("analytic", lambda qkv: _Analytic)
+QK_NORM_ROPE.register("reference", lambda qkv: _Reference)
 
 
 def _expect(condition: bool, expected: str, found: Callable[[], str], fix: str) -> None:
@@ -376,7 +377,7 @@ def _prepared(
     implementation: str | None,
 ) -> Any:
     _checked(qkv, q_weight, k_weight, cos, sin, positions, plan)
-    return QK_NORM_ROPE.choose(implementation, qkv.device.type).run
+    return QK_NORM_ROPE(qkv, implementation=implementation)
 
 
 def qk_norm_rope(
@@ -412,6 +413,8 @@ def qk_norm_rope(
     """
     plan = Plan(num_heads, num_kv_heads, head_dim, norm, float(eps), interleaved, grouped, parity)
     run = _prepared(qkv, q_weight, k_weight, cos, sin, positions, plan, implementation)
+    if run is _Reference:  # automatic derivatives, without a detour
+        return reference.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, positions, **plan._asdict())
     return _QKNormRope.apply(qkv, q_weight, k_weight, cos, sin, positions, plan, run)
 
 
