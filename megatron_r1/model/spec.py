@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_r1.ops.attention import qknorm_rope_attention
+from megatron_r1.ops.attention import qknorm_attention
 from megatron_r1.ops.norm import rms_norm
 from megatron_r1.ops.swiglu import swiglu
 from megatron_r1.parallel.mcore import (
@@ -57,8 +57,9 @@ class FusedSelfAttention(SelfAttention):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, d] (with sequence parallelism this rank's s / tensor tokens) -> the same shape, and no bias."""
         qkv, _bias = self.linear_qkv(hidden_states)
-        attended = qknorm_rope_attention(
+        attended = qknorm_attention(
             qkv,
+            num_heads=self.num_attention_heads_per_partition,
             num_kv_heads=self.num_query_groups_per_partition,
             head_dim=self.hidden_size_per_attention_head,
             rope_theta=self.config.r1_rope_theta,

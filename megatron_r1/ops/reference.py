@@ -1,6 +1,6 @@
 """The definition of every op, in plain torch with automatic derivatives. Slow, obvious, and the oracle of all tests.
 
-Legend: s tokens, b rows, g key/value heads, r query heads per key/value head, h head size.
+Legend: s tokens, b rows, h head size; S tokens of the whole sequence where a process has only a piece of it.
 """
 
 from __future__ import annotations
@@ -8,9 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from megatron_r1.ops.rope import rope_table, rotate
-from megatron_r1.ops.segments import SegmentPlan
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -81,29 +78,16 @@ def qk_norm_rope(
     return one(q, q_weight), one(k, k_weight), v
 
 
-def qkv_prologue(qkv: Tensor, groups: int, head_dim: int, theta: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed qkv [s, b, g*(r+2)*h] -> q [b, g*r, s, h], k and v [b, g, s, h], with q and k normalised and rotated."""
-    s, b, _ = qkv.shape
-    heads = qkv.view(s, b, groups, -1, head_dim)
-    q, k, v = heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
-    table = rope_table(s, head_dim, theta, qkv.device)
-    q = rotate(rms_norm(q, None, eps).float(), table[:, None, None, None]).to(qkv.dtype)
-    k = rotate(rms_norm(k, None, eps).float(), table[:, None, None]).to(qkv.dtype)
-    return q.flatten(2, 3).permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+def attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, documents: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(h)) v, causal and inside documents: q [s, b, heads, h], k and v [S, b, kv heads, h] -> as q.
 
-
-def attention(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan | None) -> Tensor:
-    """softmax(q k^T / sqrt(h)) v, causal and inside documents: q [b, g*r, s, h], k and v [b, g, s, h] -> [b, g*r, s, h]."""
-    s, repeats = q.shape[2], q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    visible = torch.ones(s, s, dtype=torch.bool, device=q.device).tril()
-    if plan is not None:
-        visible = visible & (plan.starts[:, None, :, None] == plan.starts[:, None, None, :])
-    scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
-    return (scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v.float()).to(q.dtype)
-
-
-def qknorm_rope_attention(qkv: Tensor, groups: int, head_dim: int, theta: float, eps: float, plan: SegmentPlan | None) -> Tensor:
-    """`ops.attention.qknorm_rope_attention`, from the three definitions above."""
-    out = attention(*qkv_prologue(qkv, groups, head_dim, theta, eps), plan)
-    return out.permute(2, 0, 1, 3).flatten(2)
+    index [s]: which of the S tokens of the whole sequence each query is. documents [b, S]: their numbers, or None.
+    """
+    repeats, everyone = q.shape[2] // k.shape[2], torch.arange(k.shape[0], device=q.device)
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    visible = (everyone <= index[:, None]).unsqueeze(0)  # [1 or b, s, S]
+    if documents is not None:
+        visible = visible & (documents[:, index, None] == documents[:, None, :])
+    q, k, v = (x.to(wide).permute(1, 2, 0, 3) for x in (q, k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)))
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return (scores.masked_fill(~visible.unsqueeze(1), float("-inf")).softmax(-1) @ v).permute(2, 0, 1, 3).to(dtype)

@@ -26,7 +26,7 @@ from megatron_r1.artifacts.probe import load_probe
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.model.build import build_model
 from megatron_r1.model.config import ModelConfig
-from megatron_r1.ops.attention import ATTENTION
+from megatron_r1.ops.attention import describe as describe_attention
 from megatron_r1.parallel import checkpoint
 from megatron_r1.parallel.context import ParallelContext, initialize
 from megatron_r1.parallel.ddp import wrap
@@ -194,7 +194,8 @@ def describe_start(trainer: Trainer, model: ModelConfig, parent: CheckpointSet |
     layout = config.layout
     log.info(
         "model: %s parameters (%s without embeddings), %s; attention: %s; AdamW: %s", human(model.parameters()), human(model.non_embedding_parameters()),
-        f"from {parent.artifact.name} step {parent.final.step}" if parent is not None else "random weights", ATTENTION.choose().name,
+        f"from {parent.artifact.name} step {parent.final.step}" if parent is not None else "random weights",
+        describe_attention(ctx.device.type, torch.bfloat16 if config.precision == "bf16" else torch.float32, model.head_dim),
         f"{_inner_name(trainer.optimizer)}{', sharded' if layout.distributed_optimizer else ''}, moments {'carried' if parent and not config.reset_optimizer else 'fresh'}",
     )
     log.info(
