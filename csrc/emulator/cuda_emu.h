@@ -183,7 +183,8 @@ struct State {
   uint64_t block_number = 0;  // counts blocks of the whole program: static shared memory is renewed when it changes
   size_t static_shared = 0;
   const char* kernel = "";
-  std::function<void()> body;
+  void (*body)(const void*) = nullptr;
+  const void* body_of = nullptr;
   unsigned char* dynamic_shared = nullptr;
   size_t dynamic_bytes = 0;
   std::map<const void*, int> dynamic_allowed;
@@ -206,6 +207,17 @@ inline State state;
   std::fprintf(stderr, "\n");
   std::fflush(stderr);
   std::_Exit(70);
+}
+
+// The same with the place in the source in front. (Messages are put together here and not in templates: those are
+// compiled once for each use, and under sanitizers at length.)
+[[noreturn]] __attribute__((format(printf, 2, 3), noinline)) inline void fail_at(Site site, const char* format, ...) {
+  char text[1024];
+  va_list args;
+  va_start(args, format);
+  std::vsnprintf(text, sizeof text, format, args);
+  va_end(args);
+  fail_at(site, "%s", text);
 }
 
 inline uint64_t random_bits() {  // xorshift64*
@@ -281,25 +293,31 @@ inline void block_on(const char* what, Site site, std::string (*describe)(const 
   switch_to_scheduler();
 }
 
-template <class Predicate>
-void wait_until(Predicate&& predicate, const char* what, const void* object = nullptr, Site site = Site::here()) {
+inline void wait_until(bool (*predicate)(const void*), const void* predicate_of, const char* what, const void* object, Site site) {
   Fiber& f = self(what);
-  using P = std::remove_reference_t<Predicate>;
   Untracked untracked;
-  auto done = [&] { object ? acquire(object) : races::acquire_everything(); };
-  if (predicate()) {  // even so, others may come first
-    if (random_below(4) == 0) yield();
-    return done();
+  if (!predicate(predicate_of)) {
+    f.status = Status::polling;
+    f.what = what;
+    f.site = site;
+    f.describe = [](const Fiber& me) { return std::string(me.what) + " (" + me.site.text() + ")"; };
+    f.predicate = predicate;
+    f.predicate_of = predicate_of;
+    state.polling.push_back(&f);
+    switch_to_scheduler();
+  } else if (random_below(4) == 0) {
+    yield();  // even so, others may come first
   }
-  f.status = Status::polling;
-  f.what = what;
-  f.site = site;
-  f.describe = [](const Fiber& me) { return std::string(me.what) + " (" + me.site.text() + ")"; };
-  f.predicate = [](const void* p) { return static_cast<bool>((*static_cast<P*>(const_cast<void*>(p)))()); };
-  f.predicate_of = &predicate;
-  state.polling.push_back(&f);
-  switch_to_scheduler();
-  done();
+  if (object) {
+    acquire(object);
+  } else {
+    races::acquire_everything();
+  }
+}
+
+template <class Predicate>
+void wait_until(const Predicate& predicate, const char* what, const void* object = nullptr, Site site = Site::here()) {
+  wait_until([](const void* p) { return static_cast<bool>((*static_cast<const Predicate*>(p))()); }, &predicate, what, object, site);
 }
 
 // ---- Asynchronous work
@@ -349,18 +367,28 @@ inline void run_random_work() {
 
 // ---- Meetings
 
-template <unsigned N, class Function>
-void meet(Meeting<N>& m, unsigned place, void* arg, const char* what, Site site, std::string (*describe)(const Fiber&), Function&& function) {
+// What the last to come runs: a function and what it refers to, so that meeting itself is no template over it.
+struct Action {
+  void (*call)(const void*, void* const*);
+  const void* of;
+  template <class Function>
+  static Action from(const Function& function) {
+    return {[](const void* f, void* const* args) { (*static_cast<const Function*>(f))(args); }, &function};
+  }
+};
+
+template <unsigned N>
+void meet(Meeting<N>& m, unsigned place, void* arg, const char* what, Site site, std::string (*describe)(const Fiber&), Action action) {
   Fiber& f = *state.current;
   if (m.arrived == 0) m.what = what;
-  if (std::strcmp(m.what, what) != 0) fail("at %s: %s, while other threads of its group are at %s", site.text().c_str(), what, m.what);
+  if (std::strcmp(m.what, what) != 0) fail_at(site, "%s, while other threads of its group are at %s", what, m.what);
   m.args[place] = arg;
   m.members[m.arrived++] = &f;
   if (m.arrived < m.expected) {
     block_on(what, site, describe);
     return;
   }
-  function(static_cast<void* const*>(m.args));
+  action.call(action.of, m.args);
   for (unsigned i = 0; i < m.arrived; ++i) make_runnable(m.members[i]);
   std::fill_n(m.args, N, nullptr);
   m.arrived = 0;
@@ -368,16 +396,15 @@ void meet(Meeting<N>& m, unsigned place, void* arg, const char* what, Site site,
   switch_to_scheduler();  // this thread is among the runnable, too: it need not be the first to go on
 }
 
-template <class Function>
-void warp_rendezvous(unsigned mask, void* arg, const char* what, Function&& function, Site site = Site::here()) {
+inline void warp_rendezvous(unsigned mask, void* arg, const char* what, Action action, Site site) {
   Fiber& f = self(what);
   const unsigned my_lane = f.linear & 31u;
   Warp& w = state.warps[f.linear >> 5];
-  if (!(mask >> my_lane & 1u)) fail("at %s: %s: lane %u is not in the mask 0x%08x it gives", site.text().c_str(), what, my_lane, mask);
-  if (mask & ~w.live) fail("at %s: %s: the mask 0x%08x names lanes 0x%08x, which have exited or never existed", site.text().c_str(), what, mask, mask & ~w.live);
+  if (!(mask >> my_lane & 1u)) fail_at(site, "%s: lane %u is not in the mask 0x%08x it gives", what, my_lane, mask);
+  if (mask & ~w.live) fail_at(site, "%s: the mask 0x%08x names lanes 0x%08x, which have exited or never existed", what, mask, mask & ~w.live);
   Meeting<32>& m = w.meetings[__builtin_ctz(mask)];
   if (m.mask != mask) {
-    if (w.meeting_lanes & mask) fail("at %s: %s: mask 0x%08x, but lanes of it are awaited with another mask", site.text().c_str(), what, mask);
+    if (w.meeting_lanes & mask) fail_at(site, "%s: mask 0x%08x, but lanes of it are awaited with another mask", what, mask);
     m.mask = mask;
     m.expected = static_cast<unsigned>(__builtin_popcount(mask));
     w.meeting_lanes |= mask;
@@ -388,24 +415,34 @@ void warp_rendezvous(unsigned mask, void* arg, const char* what, Function&& func
     std::snprintf(hex, sizeof hex, "0x%08x", me.mask);
     return std::string(me.what) + " mask " + hex + " (" + me.site.text() + ")";
   };
-  meet(m, my_lane, arg, what, site, describe, [&](void* const* args) {
+  auto act = [&](void* const* args) {
     w.meeting_lanes &= ~mask;
-    function(args);
-  });
+    action.call(action.of, args);
+  };
+  meet(m, my_lane, arg, what, site, describe, Action::from(act));
 }
 
 template <class Function>
-void warpgroup_rendezvous(void* arg, const char* what, Function&& function, Site site = Site::here()) {
+void warp_rendezvous(unsigned mask, void* arg, const char* what, const Function& function, Site site = Site::here()) {
+  warp_rendezvous(mask, arg, what, Action::from(function), site);
+}
+
+inline void warpgroup_rendezvous(void* arg, const char* what, Action action, Site site) {
   Fiber& f = self(what);
   const unsigned group = f.linear >> 7;
-  if ((group + 1) * 128 > state.threads) fail("at %s: %s: warpgroup %u has no 128 threads", site.text().c_str(), what, group);
+  if ((group + 1) * 128 > state.threads) fail_at(site, "%s: warpgroup %u has no 128 threads", what, group);
   for (unsigned w = 4 * group; w < 4 * group + 4; ++w) {
-    if (state.warps[w].live != 0xffffffffu) fail("at %s: %s: a thread of warpgroup %u has exited", site.text().c_str(), what, group);
+    if (state.warps[w].live != 0xffffffffu) fail_at(site, "%s: a thread of warpgroup %u has exited", what, group);
   }
   Meeting<128>& m = state.warpgroups[group];
   m.expected = 128;
   auto describe = [](const Fiber& me) { return std::string(me.what) + " of its warpgroup (" + me.site.text() + ")"; };
-  meet(m, f.linear & 127u, arg, what, site, describe, function);
+  meet(m, f.linear & 127u, arg, what, site, describe, action);
+}
+
+template <class Function>
+void warpgroup_rendezvous(void* arg, const char* what, const Function& function, Site site = Site::here()) {
+  warpgroup_rendezvous(arg, what, Action::from(function), site);
 }
 
 // ---- Block barriers
@@ -442,21 +479,21 @@ inline bool release_if_complete(Barrier& b) {
 
 inline void barrier(int id, int threads, bool everyone, bool wait, const char* what, Site site) {
   Fiber& f = self(what);
-  if (id < 0 || id >= static_cast<int>(kMaxBarriers)) fail("at %s: %s %d: barriers are numbered 0 to 15", site.text().c_str(), what, id);
+  if (id < 0 || id >= static_cast<int>(kMaxBarriers)) fail_at(site, "%s %d: barriers are numbered 0 to 15", what, id);
   Barrier& b = state.barriers[id];
-  if (!everyone && (threads <= 0 || threads % 32 != 0 || threads > static_cast<int>(kMaxThreads))) fail("at %s: %s %d: %d threads, not a multiple of 32 up to 1024", site.text().c_str(), what, id, threads);
+  if (!everyone && (threads <= 0 || threads % 32 != 0 || threads > static_cast<int>(kMaxThreads))) fail_at(site, "%s %d: %d threads, not a multiple of 32 up to 1024", what, id, threads);
   if (b.arrived == 0) {
     b.everyone = everyone;
     b.expected = static_cast<unsigned>(threads);
     b.site = site;
   } else if (b.everyone != everyone) {
-    fail("at %s: barrier %d is used as __syncthreads by some threads and as a named barrier by others (%s)", site.text().c_str(), id, b.site.text().c_str());
+    fail_at(site, "barrier %d is used as __syncthreads by some threads and as a named barrier by others (%s)", id, b.site.text().c_str());
   } else if (!everyone && b.expected != static_cast<unsigned>(threads)) {
-    fail("at %s: %s %d for %d threads, but others came for %u (%s)", site.text().c_str(), what, id, threads, b.expected, b.site.text().c_str());
+    fail_at(site, "%s %d for %d threads, but others came for %u (%s)", what, id, threads, b.expected, b.site.text().c_str());
   } else if (everyone && !(b.site == site)) {
     fail("divergent barrier: this thread is at __syncthreads in %s, others are at the one in %s", site.text().c_str(), b.site.text().c_str());
   }
-  if (b.came[f.linear]) fail("at %s: %s %d: comes twice in one phase", site.text().c_str(), what, id);
+  if (b.came[f.linear]) fail_at(site, "%s %d: comes twice in one phase", what, id);
   b.came[f.linear] = 1;
   ++b.arrived;
   races::arrive(b.clock);
@@ -590,7 +627,7 @@ inline void thread_exits() {
 inline void fiber_main() {
   enter_context(state.main);
   for (;;) {
-    state.body();
+    state.body(state.body_of);
     thread_exits();
     switch_to_scheduler();
   }
@@ -641,8 +678,7 @@ inline void run_block() {
   if (state.static_shared + state.dynamic_bytes + tls_bytes > options.shared_limit) fail("shared memory: %zu bytes, more than %zu", state.static_shared + state.dynamic_bytes + tls_bytes, options.shared_limit);
 }
 
-template <class... Params, class... Args>
-void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, const void* /*stream*/, Args&&... args) {
+inline void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* body_of) {
   if (state.running) fail("a kernel launched from a kernel");
   if (state.random == 0 || state.seeded_with != options.seed) {
     state.seeded_with = options.seed;
@@ -654,12 +690,11 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
   state.kernel = name;
   if (threads == 0 || threads > kMaxThreads || block.z > 64) fail("%s: invalid block (%u, %u, %u)", name, block.x, block.y, block.z);
   if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) fail("%s: invalid grid (%u, %u, %u)", name, grid.x, grid.y, grid.z);
-  const auto allowed = state.dynamic_allowed.find(reinterpret_cast<const void*>(kernel));
+  const auto allowed = state.dynamic_allowed.find(kernel);
   const size_t limit = std::max(options.shared_without_asking, allowed == state.dynamic_allowed.end() ? 0 : static_cast<size_t>(allowed->second));
   if (shared_bytes > limit) fail("%s: %zu bytes of dynamic shared memory, but cudaFuncSetAttribute allowed %zu", name, shared_bytes, limit);
-  // Parameters are copied once, as a launch does; each thread then has its own copy, as by-value parameters are.
-  std::tuple<std::remove_cv_t<std::remove_reference_t<Params>>...> params(std::forward<Args>(args)...);
-  state.body = [&] { std::apply(kernel, params); };
+  state.body = body;
+  state.body_of = body_of;
   state.threads = static_cast<unsigned>(threads);
   gridDim = grid;
   blockDim = block;
@@ -698,6 +733,14 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
   races::unwatch(memory);
   std::free(memory);
   state.dynamic_shared = nullptr;
+}
+
+template <class... Params, class... Args>
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, const void* /*stream*/, Args&&... args) {
+  // Parameters are copied once, as a launch does; each thread then has its own copy, as by-value parameters are.
+  std::tuple<std::remove_cv_t<std::remove_reference_t<Params>>...> params(std::forward<Args>(args)...);
+  auto body = [&] { std::apply(kernel, params); };
+  launch(name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [](const void* b) { (*static_cast<const decltype(body)*>(b))(); }, &body);
 }
 
 template <class T>
@@ -764,34 +807,42 @@ inline void __nanosleep(unsigned) { mr1_emu::yield(); }
 namespace mr1_emu {
 
 // What the warp's registers exchange: in from each lane, out to each.
-template <class T>
 struct Exchange {
-  T in;
-  int source;  // the lane asked for, or -1: its own value
-  T out;
+  uint64_t in;
+  int source;  // the lane asked for
+  uint64_t out;
 };
 
-template <class T>
-T shuffle(unsigned mask, T value, int source, const char* what, Site site) {
-  static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8), "CUDA shuffles 2, 4 and 8 byte numbers");
-  static_assert(!std::is_integral_v<T> || sizeof(T) >= 4, "CUDA has no shuffle of short integers");
-  Exchange<T> mine{value, source < 0 ? static_cast<int>(lane()) : source, value};
+inline uint64_t shuffle_bits(unsigned mask, uint64_t value, int source, const char* what, Site site) {
+  Exchange mine{value, source, 0};
   warp_rendezvous(
       mask, &mine, what,
       [&](void* const* lanes) {
         for (int l = 0; l < 32; ++l) {
           if (!lanes[l]) continue;
-          auto* e = static_cast<Exchange<T>*>(lanes[l]);
-          if (!lanes[e->source]) fail("at %s: %s: lane %d reads lane %d, which is not in the mask 0x%08x", site.text().c_str(), what, l, e->source, mask);
-          e->out = static_cast<Exchange<T>*>(lanes[e->source])->in;
+          auto* e = static_cast<Exchange*>(lanes[l]);
+          if (!lanes[e->source]) fail_at(site, "%s: lane %d reads lane %d, which is not in the mask 0x%08x", what, l, e->source, mask);
+          e->out = static_cast<Exchange*>(lanes[e->source])->in;
         }
       },
       site);
   return mine.out;
 }
 
+// source -1: the lane keeps its own value.
+template <class T>
+T shuffle(unsigned mask, T value, int source, const char* what, Site site) {
+  static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8), "CUDA shuffles 2, 4 and 8 byte numbers");
+  static_assert(!std::is_integral_v<T> || sizeof(T) >= 4, "CUDA has no shuffle of short integers");
+  uint64_t wide = 0;
+  std::memcpy(&wide, &value, sizeof value);
+  wide = shuffle_bits(mask, wide, source < 0 ? static_cast<int>(lane()) : source, what, site);
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
 inline void check_width(int width, const char* what, Site site) {
-  if (width < 1 || width > 32 || (width & (width - 1))) fail("at %s: %s: width %d is not a power of two up to 32", site.text().c_str(), what, width);
+  if (width < 1 || width > 32 || (width & (width - 1))) fail_at(site, "%s: width %d is not a power of two up to 32", what, width);
 }
 
 }  // namespace mr1_emu
@@ -824,36 +875,38 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, mr1_emu
 
 namespace mr1_emu {
 inline unsigned ballot(unsigned mask, int predicate, const char* what, Site site) {
-  Exchange<unsigned> mine{predicate != 0, 0, 0};
+  Exchange mine{predicate != 0, 0, 0};
   warp_rendezvous(
       mask, &mine, what,
       [&](void* const* lanes) {
-        unsigned votes = 0;
+        uint64_t votes = 0;
         for (unsigned l = 0; l < 32; ++l) {
-          if (lanes[l]) votes |= static_cast<Exchange<unsigned>*>(lanes[l])->in << l;
+          if (lanes[l]) votes |= static_cast<Exchange*>(lanes[l])->in << l;
         }
         for (unsigned l = 0; l < 32; ++l) {
-          if (lanes[l]) static_cast<Exchange<unsigned>*>(lanes[l])->out = votes;
+          if (lanes[l]) static_cast<Exchange*>(lanes[l])->out = votes;
         }
       },
       site);
-  return mine.out;
+  return static_cast<unsigned>(mine.out);
 }
 
 // Combines one number of every lane.
 template <class T, class Op>
 T reduce(unsigned mask, T value, Op op, const char* what, Site site) {
   static_assert(std::is_integral_v<T> && sizeof(T) == 4, "CUDA reduces 32-bit integers");
-  Exchange<T> mine{value, 0, value};
+  struct Piece {
+    T in, out;
+  } mine{value, value};
   warp_rendezvous(
       mask, &mine, what,
       [&](void* const* lanes) {
-        T sum = static_cast<Exchange<T>*>(lanes[__builtin_ctz(mask)])->in;
+        T sum = static_cast<Piece*>(lanes[__builtin_ctz(mask)])->in;
         for (int l = __builtin_ctz(mask) + 1; l < 32; ++l) {
-          if (lanes[l]) sum = op(sum, static_cast<Exchange<T>*>(lanes[l])->in);
+          if (lanes[l]) sum = op(sum, static_cast<Piece*>(lanes[l])->in);
         }
         for (int l = 0; l < 32; ++l) {
-          if (lanes[l]) static_cast<Exchange<T>*>(lanes[l])->out = sum;
+          if (lanes[l]) static_cast<Piece*>(lanes[l])->out = sum;
         }
       },
       site);
