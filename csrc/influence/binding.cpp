@@ -165,6 +165,8 @@ void parallel(int64_t tasks, const std::function<void(int64_t)>& task) {
   });
 }
 
+bool takes_fused_cpu_op(Tensor, Tensor, Tensor, Tensor, Tensor) { return false; }
+
 bool multiplies_bf16() {
 #if defined(__x86_64__) && defined(__GNUC__)
   static const bool has = __builtin_cpu_supports("avx512bf16");
@@ -228,6 +230,11 @@ void expect_projection(const Tensor& x, const Tensor& p, const char* argument, c
   expect_countable(p, argument);
 }
 
+void expect_results(int64_t documents, int64_t ra, int64_t rb) {
+  MR1_EXPECT(ra == 0 || rb == 0 || documents <= std::numeric_limits<int32_t>::max() / ra / rb, "cu_seqlens", "at most 2^31 - 1 results",
+             documents << " documents of " << rb << " x " << ra, "project fewer documents at a time");
+}
+
 constexpr int64_t kTokensAtOnce = 256;
 
 // x p^T in the product's dtype, then in the dtype of the result (fp32 or fp64).
@@ -256,8 +263,7 @@ Tensor grad_project_cpu_op(Tensor a, Tensor b, Tensor pa, Tensor pb, Tensor cu_s
   const std::vector<int64_t> borders = borders_of(cu_seqlens, a.size(0));
   const int64_t documents = static_cast<int64_t>(borders.size()) - 1, ra = pa.size(0), rb = pb.size(0);
   const ScalarType wide = a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  MR1_EXPECT(ra == 0 || rb == 0 || documents <= std::numeric_limits<int32_t>::max() / ra / rb, "cu_seqlens", "at most 2^31 - 1 results",
-             documents << " documents of " << rb << " x " << ra, "project fewer documents at a time");
+  expect_results(documents, ra, rb);
   Tensor out = torch::stable::new_empty(a, {documents, rb, ra}, wide);
   if (out.numel() == 0) return out;
   const Tensor l = projected_cpu(b, pb, wide), r = projected_cpu(a, pa, wide);
@@ -279,6 +285,184 @@ Tensor grad_project_cpu_op(Tensor a, Tensor b, Tensor pa, Tensor pb, Tensor cu_s
   return out;
 }
 
+// --- GPU ------------------------------------------------------------------------------------------------------------------------
+
+#ifdef MR1_WITH_CUDA
+// The largest transient block of a document's weight gradient.
+constexpr int64_t kBlockBytes = int64_t{256} << 20;
+
+void expect_launched(const char* error, const char* kernel) { MR1_EXPECT(error == nullptr, kernel, "the kernel to run", error, "report this"); }
+
+Tensor detached(const Tensor& t) {
+  std::array<StableIValue, 1> stack{from(t)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor turned(const Tensor& t) { return torch::stable::transpose(t, t.dim() - 2, t.dim() - 1); }
+
+Tensor scratch(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte);
+}
+
+// out = x y by cuBLAS; sums in fp32, and rounds only where `out` is narrower.
+void product_cuda(const Tensor& out, const Tensor& x, const Tensor& y) {
+  if (out.scalar_type() == x.scalar_type()) {
+    std::array<StableIValue, 3> stack{from(x), from(y), from(out)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
+  } else {
+    std::array<StableIValue, 4> stack{from(x), from(y), from(out.scalar_type()), from(out)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
+  }
+}
+
+Tensor on_gpu(const std::vector<int64_t>& borders, const Tensor& like) {
+  const Tensor host = torch::stable::empty({static_cast<int64_t>(borders.size())}, ScalarType::Int, std::nullopt,
+                                           Device(torch::headeronly::DeviceType::CPU));
+  std::copy(borders.begin(), borders.end(), static_cast<int32_t*>(host.mutable_data_ptr()));
+  return torch::stable::to(host, Device(torch::headeronly::DeviceType::CUDA, like.get_device_index()));
+}
+
+// Weight gradient of tokens [begin, end), a block of rows at a time: main_grad += it; scores += <it, g> when `scored`.
+void stream_cuda(const WgradDotArgs& p, const Tensor& a, const Tensor& b, int64_t begin, int64_t end, const Tensor& scores, int64_t document,
+                 bool scored, void* stream) {
+  const ScalarType wide = scalar_type(p.scores_dtype);
+  const int64_t element = p.scores_dtype == DType::f64 ? 8 : 4;
+  const int64_t step = std::clamp<int64_t>(kBlockBytes / (p.din * element), 1, p.dout);
+  const Tensor block = torch::stable::new_empty(a, {step, p.din}, wide), x = torch::stable::narrow(const_cast<Tensor&>(a), 0, begin, end - begin);
+  Tensor tokens = torch::stable::narrow(const_cast<Tensor&>(b), 0, begin, end - begin);
+  Tensor room;
+  for (int64_t row = 0; row < p.dout; row += step) {
+    const int64_t rows = std::min(step, p.dout - row);
+    Tensor whole = block, place = torch::stable::narrow(whole, 0, 0, rows);
+    product_cuda(place, turned(torch::stable::narrow(tokens, 1, row, rows)), x);
+    AddAndDotArgs q;
+    const auto shifted = [&](const void* data, DType dtype, int64_t stride) {
+      const int64_t bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+      return data == nullptr ? nullptr : static_cast<const char*>(data) + row * stride * bytes;
+    };
+    q.block = place.const_data_ptr();
+    q.g = shifted(p.g, p.g_dtype, p.g_stride);
+    q.main_grad = const_cast<char*>(shifted(p.main_grad, p.main_grad_dtype, p.main_grad_stride));
+    q.scores = static_cast<char*>(scores.mutable_data_ptr()) + document * p.probes * element;
+    q.rows = rows, q.cols = p.din, q.probes = scored ? p.probes : 0;
+    q.block_stride = p.din, q.g_stride = p.g_stride, q.g_probe_stride = p.g_probe_stride, q.main_grad_stride = p.main_grad_stride;
+    q.block_dtype = q.scores_dtype = p.scores_dtype, q.g_dtype = p.g_dtype, q.main_grad_dtype = p.main_grad_dtype;
+    if (row == 0) room = scratch(a, add_and_dot_workspace(q));
+    q.workspace = room.mutable_data_ptr();
+    expect_launched(add_and_dot(q, stream), "add_and_dot");
+  }
+}
+
+// Scores of all documents token by token: <b_t, G a_t> = <G^T b_t, a_t>, whichever is narrower.
+void rows_cuda(const WgradDotArgs& p, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& scores, void* stream) {
+  const ScalarType wide = scalar_type(p.scores_dtype);
+  const bool same = a.scalar_type() == g.scalar_type(), from_a = p.dout <= p.din;
+  const Tensor x = same ? (from_a ? a : b) : converted(from_a ? a : b, wide);  // g may be fp32 where a is not
+  const Tensor& y = from_a ? b : a;
+  const Tensor u = torch::stable::new_empty(a, {p.tokens, std::min(p.din, p.dout)}, wide);
+  RowDotArgs q;
+  q.x = y.const_data_ptr(), q.y = u.const_data_ptr();
+  q.cu_device = p.cu_device;
+  q.tokens = p.tokens, q.width = u.size(1), q.documents = p.documents;
+  q.x_stride = row_stride(y, 0), q.y_stride = u.size(1), q.score_stride = p.probes;
+  q.x_dtype = dtype_of(y, "a"), q.y_dtype = p.scores_dtype;
+  const Tensor room = scratch(a, row_dot_workspace(q));
+  q.workspace = room.mutable_data_ptr();
+  for (int64_t k = 0; k < p.probes; ++k) {
+    const Tensor probe = torch::stable::select(g, 0, k);
+    product_cuda(u, x, from_a ? turned(probe) : probe);
+    q.scores = static_cast<char*>(scores.mutable_data_ptr()) + k * (p.scores_dtype == DType::f64 ? 8 : 4);
+    expect_launched(row_dot(q, stream), "row_dot");
+  }
+}
+
+Tensor score_cuda(const Tensor& a_, const Tensor& b_, const Tensor& g_, const Tensor& cu_seqlens, const Tensor* main_grad, int64_t rows_below,
+                  bool fused) {
+  expect_tokens(a_, b_);
+  expect_probes(a_, b_, g_);
+  if (main_grad != nullptr) expect_main_grad(a_, b_, g_, *main_grad);
+  MR1_EXPECT(rows_below >= 0, "rows_below", "a number of tokens", rows_below, "pass 0 to score every document by its gradient");
+  const torch::stable::accelerator::DeviceGuard guard(a_.get_device_index());
+  void* stream = current_cuda_stream(a_.get_device_index());
+  const Tensor a = detached(a_), b = detached(b_), g = detached(g_);
+  const std::vector<int64_t> borders = borders_of(cu_seqlens, a.size(0));
+  Tensor scores = new_scores(a, static_cast<int64_t>(borders.size()) - 1, g.size(0));
+  const Tensor device_borders = on_gpu(borders, a);
+  WgradDotArgs p = arguments(a, b, g, borders, main_grad, scores);
+  p.cu_device = static_cast<const int32_t*>(device_borders.const_data_ptr());
+  if (fused) {
+    MR1_EXPECT(wgrad_dot_sm90_supported(p), "fused", "bf16 or fp16 rows that start at multiples of 16 bytes, on compute capability 9.0",
+               "arguments or a GPU that the one-pass kernel does not take", "leave `fused` out");
+    const Tensor room = scratch(a, wgrad_dot_sm90_workspace(p));
+    p.workspace = room.mutable_data_ptr();
+    expect_launched(wgrad_dot_sm90(p, stream), "wgrad_dot_sm90");
+    return scores;
+  }
+  torch::stable::zero_(scores);
+  if (p.din == 0 || p.dout == 0 || p.tokens == 0) return scores;
+  // On a GPU a call is scored one way as a whole: launches cost more than what a mixture would save.
+  int64_t longest = 0;
+  for (size_t i = 1; i < borders.size(); ++i) longest = std::max(longest, borders[i] - borders[i - 1]);
+  if (longest < rows_below || p.probes == 0) {
+    if (p.probes > 0) rows_cuda(p, a, b, g, scores, stream);
+    if (main_grad != nullptr) stream_cuda(p, a, b, 0, p.tokens, scores, 0, false, stream);
+    return scores;
+  }
+  for (int64_t d = 0; d < p.documents; ++d)
+    if (borders[d] < borders[d + 1]) stream_cuda(p, a, b, borders[d], borders[d + 1], scores, d, true, stream);
+  return scores;
+}
+
+Tensor wgrad_dot_cuda_op(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, Tensor main_grad, int64_t rows_below, bool fused) {
+  return score_cuda(a, b, g, cu_seqlens, &main_grad, rows_below, fused);
+}
+
+Tensor grad_dot_cuda_op(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, int64_t rows_below, bool fused) {
+  return score_cuda(a, b, g, cu_seqlens, nullptr, rows_below, fused);
+}
+
+bool takes_fused_cuda_op(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, Tensor main_grad) {
+  expect_tokens(a, b);
+  expect_probes(a, b, g);
+  expect_main_grad(a, b, g, main_grad);
+  const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
+  // Only its being there and its length are looked at.
+  const std::vector<int64_t> borders(static_cast<size_t>(std::max<int64_t>(cu_seqlens.numel(), 1)));
+  const int32_t stand_in = 0;
+  WgradDotArgs p = arguments(a, b, g, borders, &main_grad, g);
+  p.scores_dtype = DType::f32;
+  p.cu_device = &stand_in;
+  return wgrad_dot_sm90_supported(p);
+}
+
+Tensor projected_cuda(const Tensor& x, const Tensor& p, ScalarType result) {
+  const Tensor out = torch::stable::new_empty(x, {x.size(0), p.size(0)}, result);
+  if (out.numel() > 0) product_cuda(out, x.scalar_type() == p.scalar_type() ? x : converted(x, result), turned(p));
+  return out;
+}
+
+Tensor grad_project_cuda_op(Tensor a_, Tensor b_, Tensor pa, Tensor pb, Tensor cu_seqlens) {
+  expect_tokens(a_, b_);
+  expect_projection(a_, pa, "pa", "a");
+  expect_projection(b_, pb, "pb", "b");
+  const torch::stable::accelerator::DeviceGuard guard(a_.get_device_index());
+  const std::vector<int64_t> borders = borders_of(cu_seqlens, a_.size(0));
+  const int64_t documents = static_cast<int64_t>(borders.size()) - 1, ra = pa.size(0), rb = pb.size(0);
+  expect_results(documents, ra, rb);
+  const ScalarType wide = a_.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor out = torch::stable::new_zeros(a_, {documents, rb, ra}, wide);
+  Tensor x = projected_cuda(detached(b_), detached(pb), wide), y = projected_cuda(detached(a_), detached(pa), wide);
+  for (int64_t d = 0; d < documents && out.numel() > 0; ++d) {
+    const int64_t begin = borders[d], tokens = borders[d + 1] - begin;
+    if (tokens > 0) product_cuda(torch::stable::select(out, 0, d), turned(torch::stable::narrow(x, 0, begin, tokens)), torch::stable::narrow(y, 0, begin, tokens));
+  }
+  return out;
+}
+#endif  // MR1_WITH_CUDA
+
 }  // namespace
 }  // namespace mr1
 
@@ -286,6 +470,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megatron_r1, m) {
   // rows_below: documents of fewer tokens are scored token by token (cpu.h). fused: by the one-pass kernel of sm_90a.
   m.def("wgrad_dot_(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, Tensor(main_grad!) main_grad, int rows_below=0, bool fused=False) -> Tensor");
   m.def("grad_dot(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, int rows_below=0, bool fused=False) -> Tensor");
+  // Whether `fused=True` would be taken on the GPU the tensors lie on.
+  m.def("wgrad_dot_takes_fused(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, Tensor main_grad) -> bool");
   m.def("grad_project(Tensor a, Tensor b, Tensor pa, Tensor pb, Tensor cu_seqlens) -> Tensor");
 }
 
@@ -293,4 +479,14 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_r1, CPU, m) {
   m.impl("wgrad_dot_", TORCH_BOX(&mr1::wgrad_dot_cpu_op));
   m.impl("grad_dot", TORCH_BOX(&mr1::grad_dot_cpu_op));
   m.impl("grad_project", TORCH_BOX(&mr1::grad_project_cpu_op));
+  m.impl("wgrad_dot_takes_fused", TORCH_BOX(&mr1::takes_fused_cpu_op));
 }
+
+#ifdef MR1_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(megatron_r1, CUDA, m) {
+  m.impl("wgrad_dot_", TORCH_BOX(&mr1::wgrad_dot_cuda_op));
+  m.impl("grad_dot", TORCH_BOX(&mr1::grad_dot_cuda_op));
+  m.impl("grad_project", TORCH_BOX(&mr1::grad_project_cuda_op));
+  m.impl("wgrad_dot_takes_fused", TORCH_BOX(&mr1::takes_fused_cuda_op));
+}
+#endif
