@@ -25,11 +25,19 @@ RUN python -m pip install -r requirements/core.txt \
     && python -m pip install --no-deps "${MEGATRON_CORE}" \
     && if [ -n "${APEX}" ]; then python -m pip install --no-deps --no-build-isolation "${APEX}"; fi
 
-COPY setup.py pyproject.toml README.md LICENSE ./
+COPY setup.py pyproject.toml MANIFEST.in README.md LICENSE ./
 COPY requirements requirements
+COPY tools/build_csrc.py tools/build_csrc.py
+COPY csrc csrc
 COPY megatron_r1 megatron_r1
-RUN python -m pip install --no-deps --no-build-isolation . \
+# The kernels, C++ and CUDA (compiled for A100 and H100/H200, which takes no GPU), or no image. The doctor then looks from
+# outside the sources, at what was installed; the CUDA kernels check themselves at first use, where a GPU is.
+RUN MEGATRON_R1_BUILD_EXT=1 MEGATRON_R1_BUILD_CUDA=1 python -m pip install --no-deps --no-build-isolation . \
+    && rm -rf build \
+    && cd / \
     && python -c "import torch, transformer_engine, megatron.core, megatron_r1.cli; print(torch.__version__, megatron.core.__version__)" \
+    && python -c "from megatron_r1.ops import extension as e; assert 'sm_90a' in e.build_info()['cuda'], e.missing()" \
+    && megatron-r1 doctor --require csrc \
     && useradd --create-home --uid 1001 trainer \
     && install -d -o trainer -g trainer /trainer/runs
 
