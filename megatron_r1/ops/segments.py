@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -88,7 +88,7 @@ class Plan:
 
 def longest(cuts: tuple[int, ...]) -> int:
     """Size of the largest piece."""
-    return max((z - a for a, z in zip(cuts, cuts[1:])), default=0)
+    return max((z - a for a, z in pairwise(cuts)), default=0)
 
 
 def plan_of(documents: Tensor | None, rows: int, length: int, rank: int = 0, pieces: int = 1) -> Plan:
@@ -191,7 +191,7 @@ def _cuts_of_boundaries(boundaries: Tensor, rows: int, length: int) -> tuple[int
     fix = "pass the running total of document lengths, beginning with 0"
     if values[0] != 0:
         raise DataError(expected="cu_seqlens: a first value of 0", found=str(values[0]), fix=fix)
-    for place, (a, z) in enumerate(zip(values, values[1:])):
+    for place, (a, z) in enumerate(pairwise(values)):
         if z < a:
             raise DataError(expected="cu_seqlens: values that never decrease", found=f"{a}, then {z} at {place + 1}", fix=fix)
     if values[-1] != length:

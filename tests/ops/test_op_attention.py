@@ -133,7 +133,7 @@ def test_fused_equals_reference_with_gradients(
 
 def plain_torch(qkv: Tensor, nkv: int, h: int, ids: Tensor) -> Tensor:
     """The usual way of the same precision: norm and rotation by torch's operations, its attention with a mask, automatic derivatives."""
-    s, b, width = qkv.shape
+    s, _, width = qkv.shape
     at = torch.arange(s)
     cos, sin = cos_sin(s, h, 1e4, qkv.device)
     q, k, v = reference.qk_norm_rope(
@@ -361,14 +361,14 @@ def test_positions_are_read_anew_when_written_to() -> None:
 
 def test_which_implementation_and_core_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    for core in attention_cores.CORES:
-        for step in ("_forward", "_backward"):
 
-            def spy(*args: Any, name: str = core.name + step, real: Callable[..., Any] = getattr(core, step), **kwargs: Any) -> Any:
-                ran.append(name)
-                return real(*args, **kwargs)
+    def watch(core: attention_cores.Core, step: str) -> None:
+        real = getattr(core, step)
+        monkeypatch.setattr(core, step, lambda *args: (ran.append(core.name + step), real(*args))[1])
 
-            monkeypatch.setattr(core, step, spy)
+    for one in attention_cores.CORES:
+        watch(one, "_forward")
+        watch(one, "_backward")
     qkv = make(4, 1, 2, 1, 4)
     monkeypatch.delenv(attention_cores.CORE_VARIABLE, raising=False)
     run(qkv, 1, 4).sum().backward()
@@ -389,13 +389,13 @@ def test_prologue_is_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_r1.ops import attention
 
     asked: list[str] = []
-    for step in ("qk_norm_rope_forward", "qk_norm_rope_backward"):
 
-        def spy(*args: Any, implementation: str, real: Callable[..., Any] = getattr(attention, step), **kwargs: Any) -> Any:
-            asked.append(implementation)
-            return real(*args, implementation=implementation, **kwargs)
+    def watch(step: str) -> None:
+        real = getattr(attention, step)
+        monkeypatch.setattr(attention, step, lambda *args, **options: (asked.append(options["implementation"]), real(*args, **options))[1])
 
-        monkeypatch.setattr(attention, step, spy)
+    watch("qk_norm_rope_forward")
+    watch("qk_norm_rope_backward")
     for name in FUSED:
         asked.clear()
         run(make(4, 1, 2, 1, 4), 1, 4, implementation=name).sum().backward()
