@@ -24,6 +24,8 @@ def path() -> Path:
 @lru_cache(maxsize=1)
 def missing() -> str | None:
     """None when the library is loaded, else one sentence why not and what to do. Loads it at the first call."""
+    if not path().exists() and path() != INSTALLED:
+        return f"{KERNELS_VARIABLE} names {path()}, which is not there"
     if not path().exists():
         return f"{path().name} was not built; run `python tools/build_csrc.py` or reinstall with --no-build-isolation where torch and g++ are"
     try:
@@ -35,7 +37,7 @@ def missing() -> str | None:
 
 @lru_cache(maxsize=1)
 def build_info() -> dict[str, str]:
-    """What the library was built with: `cuda` (architectures or `none`), `torch`, `sources` (hash). Empty when it is missing."""
+    """What the library was built with: `cuda` (architectures or `none`), `torch`, `sources` (hash), `rooms`. Empty when it is missing."""
     if missing():
         return {}
     function = ctypes.CDLL(str(path())).mr1_build_info
@@ -50,5 +52,5 @@ def absent(device: str) -> str | None:
     if device == "cpu":
         return None
     if device == "cuda":
-        return None if build_info()["cuda"] != "none" else "the library was built without nvcc: C++ kernels only"
+        return None if build_info()["cuda"] != "none" else "the library was built without nvcc: it has C++ kernels only"
     return f"there are no kernels for device {device!r}"
