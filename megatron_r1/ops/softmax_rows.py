@@ -213,9 +213,12 @@ _checked = absent_until_checked(_check_on_gpu)
 
 
 def _absent(device: str) -> str | None:
-    if (reason := extension.missing()) is None:
-        _describe()
-    return reason or _checked(device)
+    if (reason := extension.missing()) is not None:
+        return reason
+    if not hasattr(torch.ops.megatron_r1, "row_stats"):
+        return f"{extension.path().name} was built without row_loss; run `python tools/build_csrc.py`"
+    _describe()
+    return _checked(device)
 
 
 ROW_STATS = Op("row_stats")
