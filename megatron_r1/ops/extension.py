@@ -52,5 +52,5 @@ def absent(device: str) -> str | None:
     if device == "cpu":
         return None
     if device == "cuda":
-        return None if build_info()["cuda"] != "none" else "the library was built without nvcc: it has C++ kernels only"
+        return None if build_info()["cuda"] != "none" else "the library has C++ kernels only; build it with nvcc: `MEGATRON_R1_BUILD_CUDA=1 python tools/build_csrc.py`"
     return f"there are no kernels for device {device!r}"
