@@ -209,13 +209,11 @@ Tensor score_cpu(const Tensor& a, const Tensor& b, const Tensor& g, const Tensor
   return scores;
 }
 
-Tensor wgrad_dot_cpu_op(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, Tensor main_grad, int64_t rows_below, bool fused) {
-  MR1_EXPECT(!fused, "fused", "false on a CPU", "true", "leave it out");
+Tensor wgrad_dot_cpu_op(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, Tensor main_grad, int64_t rows_below, bool) {
   return score_cpu(a, b, g, cu_seqlens, &main_grad, rows_below);
 }
 
-Tensor grad_dot_cpu_op(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, int64_t rows_below, bool fused) {
-  MR1_EXPECT(!fused, "fused", "false on a CPU", "true", "leave it out");
+Tensor grad_dot_cpu_op(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, int64_t rows_below, bool) {
   return score_cpu(a, b, g, cu_seqlens, nullptr, rows_below);
 }
 
@@ -393,9 +391,7 @@ Tensor score_cuda(const Tensor& a_, const Tensor& b_, const Tensor& g_, const Te
   const Tensor device_borders = on_gpu(borders, a);
   WgradDotArgs p = arguments(a, b, g, borders, main_grad, scores);
   p.cu_device = static_cast<const int32_t*>(device_borders.const_data_ptr());
-  if (fused) {
-    MR1_EXPECT(wgrad_dot_sm90_supported(p), "fused", "bf16 or fp16 rows that start at multiples of 16 bytes, on compute capability 9.0",
-               "arguments or a GPU that the one-pass kernel does not take", "leave `fused` out");
+  if (fused && wgrad_dot_sm90_supported(p)) {
     const Tensor room = scratch(a, wgrad_dot_sm90_workspace(p));
     p.workspace = room.mutable_data_ptr();
     expect_launched(wgrad_dot_sm90(p, stream), "wgrad_dot_sm90");
@@ -467,10 +463,11 @@ Tensor grad_project_cuda_op(Tensor a_, Tensor b_, Tensor pa, Tensor pb, Tensor c
 }  // namespace mr1
 
 STABLE_TORCH_LIBRARY_FRAGMENT(megatron_r1, m) {
-  // rows_below: documents of fewer tokens are scored token by token (cpu.h). fused: by the one-pass kernel of sm_90a.
+  // rows_below: documents of fewer tokens are scored token by token (cpu.h). fused: by the one-pass kernel of
+  // sm_90a where it takes the arguments (wgrad_dot_takes_fused).
   m.def("wgrad_dot_(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, Tensor(main_grad!) main_grad, int rows_below=0, bool fused=False) -> Tensor");
   m.def("grad_dot(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, int rows_below=0, bool fused=False) -> Tensor");
-  // Whether `fused=True` would be taken on the GPU the tensors lie on.
+  // Whether the one-pass kernel takes these arguments on the GPU they lie on. Looks at the length of cu_seqlens only.
   m.def("wgrad_dot_takes_fused(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, Tensor main_grad) -> bool");
   m.def("grad_project(Tensor a, Tensor b, Tensor pa, Tensor pb, Tensor cu_seqlens) -> Tensor");
 }
