@@ -63,10 +63,9 @@ void qk_norm_rope_gain_cpu(const QkNormRopeArgs& a, int64_t partials, int row, v
 
 // CUDA (launch.cu). Null when all went well, else what the runtime said.
 const char* qk_norm_rope_forward_cuda(const QkNormRopeArgs& a, void* stream);
-// How many partials the backward writes on the current device; -1 when the device can not be asked.
+// How many partials the backward writes on the current device: one for each block.
 int64_t qk_norm_rope_partials_cuda(const QkNormRopeArgs& a);
 // dq_weight, dk_weight [h] fp32 or null.
 const char* qk_norm_rope_backward_cuda(const QkNormRopeArgs& a, int64_t partials, void* dq_weight, void* dk_weight, void* stream);
-bool qk_norm_rope_cuda_has_head(int head_dim);
 
 }  // namespace mr1

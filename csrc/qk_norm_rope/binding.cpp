@@ -184,13 +184,6 @@ std::tuple<Tensor, Tensor, Tensor> backward_on_cpu(const Tensor& dq, const Tenso
 }
 
 #ifdef MR1_WITH_CUDA
-void expect_supported(const Call& call) {
-  MR1_EXPECT(qk_norm_rope_cuda_has_head(static_cast<int>(call.head_dim)), "head_dim", "32, 64, 128 or 256 on a GPU", call.head_dim,
-             "set MEGATRON_R1_OPS=qk_norm_rope=analytic");
-  MR1_EXPECT(call.qkv.scalar_type() != ScalarType::Double, "qkv", "float32, bfloat16 or float16 on a GPU", "float64",
-             "set MEGATRON_R1_OPS=qk_norm_rope=analytic");
-}
-
 void expect_launched(const char* wrong) {
   MR1_EXPECT(wrong == nullptr, "qk_norm_rope", "a kernel that launches", wrong, "set MEGATRON_R1_OPS=qk_norm_rope=analytic to go on, and report this");
 }
@@ -198,7 +191,6 @@ void expect_launched(const char* wrong) {
 std::tuple<Tensor, Tensor> forward_on_cuda(MR1_QKNR_PARAMETERS) {
   const Call call = MR1_QKNR_CALL;
   QkNormRopeArgs a = arguments(call);
-  expect_supported(call);
   const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
   auto outputs = forward_outputs(call, a);
   expect_launched(qk_norm_rope_forward_cuda(a, current_cuda_stream(qkv.get_device_index())));
@@ -208,15 +200,13 @@ std::tuple<Tensor, Tensor> forward_on_cuda(MR1_QKNR_PARAMETERS) {
 std::tuple<Tensor, Tensor, Tensor> backward_on_cuda(const Tensor& dq, const Tensor& dk, const Tensor& dv, MR1_QKNR_PARAMETERS) {
   const Call call = MR1_QKNR_CALL;
   QkNormRopeArgs a = arguments(call);
-  expect_supported(call);
   const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
   auto outputs = backward_outputs(dq, dk, dv, call, a);
   std::optional<Tensor> sums;
   int64_t partials = 0;
   if (q_weight || k_weight) {
     partials = qk_norm_rope_partials_cuda(a);
-    MR1_EXPECT(partials >= 0, "qk_norm_rope", "a GPU that answers", "none", "set MEGATRON_R1_OPS=qk_norm_rope=analytic");
-    sums = torch::stable::new_empty(qkv, {partials, 2, head_dim}, ScalarType::Float);
+    sums = torch::stable::new_empty(qkv, {partials, 2, head_dim}, wide_type(qkv));
     a.partials = sums->data_ptr();
   }
   expect_launched(qk_norm_rope_backward_cuda(a, partials, q_weight ? std::get<1>(outputs).data_ptr() : nullptr,

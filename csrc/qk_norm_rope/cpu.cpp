@@ -1,9 +1,9 @@
 // CPU kernels of qk_norm_rope.
 //
-// The usual head sizes (32, 64, 128, 256; fully rotated; fp32, bf16, fp16) are compiled with the size known, as two arrays a and b of
+// The usual head sizes (64 and 128; fully rotated; fp32, bf16, fp16) are compiled with the size known, as two arrays a and b of
 // h/2 numbers each, a[j] and b[j] being the pair that is rotated together: then there is no shuffle left but the one in loading
 // and storing, and for 16-bit types not even that, because both halves of a 32-bit word are taken where they lie. Everything else
-// (any even size, partial rotation, fp64, parity) goes through one plain version.
+// (any even size, partial rotation, fp64, parity) goes through one plain version, two to three times slower.
 #include <cmath>
 
 #include "mr1/cpu.h"
@@ -452,14 +452,10 @@ using Run = void (*)(const QkNormRopeArgs&, int64_t, int64_t);
     Sized<T, H, interleaved>::backward(a, begin, end);                                            \
   }
 #define MR1_SIZES(name, T)                 \
-  MR1_SIZED(name##_32_pairs, T, 32, true)    \
   MR1_SIZED(name##_64_pairs, T, 64, true)    \
   MR1_SIZED(name##_128_pairs, T, 128, true)  \
-  MR1_SIZED(name##_256_pairs, T, 256, true)  \
-  MR1_SIZED(name##_32_split, T, 32, false)   \
   MR1_SIZED(name##_64_split, T, 64, false)   \
-  MR1_SIZED(name##_128_split, T, 128, false) \
-  MR1_SIZED(name##_256_split, T, 256, false)
+  MR1_SIZED(name##_128_split, T, 128, false)
 MR1_SIZES(f32, float)
 MR1_SIZES(bf16, bf16)
 MR1_SIZES(f16, f16)
@@ -479,14 +475,10 @@ struct Both {
 
 #define MR1_PICK(name)                                                                                      \
   switch (a.head_dim) {                                                                                     \
-    case 32: return a.interleaved ? Both{forward_##name##_32_pairs, backward_##name##_32_pairs}            \
-                                  : Both{forward_##name##_32_split, backward_##name##_32_split};           \
     case 64: return a.interleaved ? Both{forward_##name##_64_pairs, backward_##name##_64_pairs}            \
                                   : Both{forward_##name##_64_split, backward_##name##_64_split};           \
     case 128: return a.interleaved ? Both{forward_##name##_128_pairs, backward_##name##_128_pairs}         \
                                    : Both{forward_##name##_128_split, backward_##name##_128_split};        \
-    case 256: return a.interleaved ? Both{forward_##name##_256_pairs, backward_##name##_256_pairs}         \
-                                   : Both{forward_##name##_256_split, backward_##name##_256_split};        \
     default: break;                                                                                         \
   }
 
