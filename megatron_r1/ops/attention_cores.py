@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_r1.ops.segments import Band, Cuts, Plan
+from megatron_r1.ops.segments import Band, Cuts, Plan, plan_of
 from megatron_r1.utils.errors import EnvironmentProblem
 from megatron_r1.utils.logging import get_logger
 
@@ -73,6 +73,10 @@ class Core:
 
     def refuses(self, dtype: torch.dtype, head_dim: int, plan: Plan) -> str | None:
         """None when this can do such a call, else why not."""
+        return None
+
+    def disagrees(self, dtype: torch.dtype, head_dim: int) -> str | None:
+        """None when this computes such heads rightly on this machine, else what is wrong; asked after the two above."""
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
@@ -283,7 +287,11 @@ class _GpuCore(Core):
             return "a kernel for GPUs"
         if not torch.cuda.is_available():
             return "there is no GPU here"
-        return self._missing() or _verdict(self)
+        return self._missing() or self.disagrees(torch.bfloat16, 64)
+
+    def disagrees(self, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Every type and size of heads is another kernel, and is checked at its first use."""
+        return _verdict(self, dtype, head_dim)
 
     def refuses(self, dtype: torch.dtype, head_dim: int, plan: Plan) -> str | None:
         """Other float types, unusual heads, and plans that the kernel can not be told."""
@@ -466,7 +474,7 @@ def choose(device: str, dtype: torch.dtype, head_dim: int, plan: Plan, request: 
     for core in CORES:
         if request not in ("auto", core.name):
             continue
-        reason = core.absent(device) or core.refuses(dtype, head_dim, plan)
+        reason = core.absent(device) or core.refuses(dtype, head_dim, plan) or core.disagrees(dtype, head_dim)
         if reason is None:
             if (device, core.name) not in _said:
                 _said.add((device, core.name))
@@ -480,21 +488,20 @@ def choose(device: str, dtype: torch.dtype, head_dim: int, plan: Plan, request: 
 
 
 @cache
-def _verdict(core: _GpuCore) -> str | None:
+def _verdict(core: _GpuCore, dtype: torch.dtype, head_dim: int) -> str | None:
     """None when the core agrees with `math` on this GPU, else what was wrong. Once per process."""
     try:
-        return self_check(core, "cuda", torch.bfloat16)
+        return self_check(core, "cuda", dtype, head_dim)
     except Exception as error:
         return f"its self-check did not run: {type(error).__name__}: {error}"
 
 
 def self_check(core: Core, device: str, dtype: torch.dtype, head_dim: int = 64) -> str | None:
-    """Small random problems of every kind the core takes, against `math` in fp64; also whether it is the same for `math` in `dtype`.
+    """Small random problems of every kind the core takes, against `math` in fp64: rows, documents, pieces of a sequence, with
+    gradients. It may be off by twice what `math` in `dtype` is, and 2 % of the largest number.
 
     Returns None or one sentence with the first disagreement.
     """
-    from megatron_r1.ops.segments import plan_of
-
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:

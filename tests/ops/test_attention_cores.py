@@ -542,6 +542,7 @@ def test_what_gpu_kernels_refuse(said: list[str], monkeypatch: pytest.MonkeyPatc
         assert (core.refuses(half, 64, documents) is None, core.refuses(half, 64, piece) is None) == (takes, takes)
     # Were they here, cuDNN would do plain rows, FlashAttention documents, and `math` what neither can.
     monkeypatch.setattr(attention_cores._GpuCore, "absent", lambda self, device: None if self.name in ("cudnn", "flash2") else "not built")
+    monkeypatch.setattr(attention_cores._GpuCore, "disagrees", lambda self, dtype, head_dim: None)
     for dtype, plan, name in ((half, PLAIN, "cudnn"), (half, documents, "flash2"), (half, piece, "flash2"), (torch.float32, PLAIN, "math")):
         assert attention_cores.choose("cuda", dtype, 64, plan).name == name
     with pytest.raises(EnvironmentProblem, match="it takes no documents"):
@@ -556,15 +557,23 @@ def test_a_kernel_that_fails_its_check_is_absent(monkeypatch: pytest.MonkeyPatch
         def _missing(self) -> str | None:
             return None
 
-    def check(core: Core, device: str, dtype: torch.dtype) -> str | None:
-        times.append(1)
+    def check(core: Core, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+        times.append(head_dim)
+        if head_dim == 64:
+            return None
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(attention_cores, "self_check", check)
     core = Broken()
     for _ in range(2):
-        assert core.absent("cuda") == "its self-check did not run: RuntimeError: no kernel image"
-    assert times == [1], "asked once per process"
+        assert core.absent("cuda") is None
+        assert core.disagrees(torch.bfloat16, 128) == "its self-check did not run: RuntimeError: no kernel image"
+    assert times == [64, 128], "each size of heads once per process"
+    monkeypatch.setattr(attention_cores, "CORES", (core, MathCore()))
+    assert attention_cores.choose("cuda", torch.bfloat16, 64, PLAIN) is core
+    assert attention_cores.choose("cuda", torch.bfloat16, 128, PLAIN).name == "math"
+    with pytest.raises(EnvironmentProblem, match="no kernel image"):
+        attention_cores.choose("cuda", torch.bfloat16, 128, PLAIN, "flash2")
 
 
 # ---------------------------------------------------------------- on a GPU

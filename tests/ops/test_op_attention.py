@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_r1.ops import attention_cores, reference
+from megatron_r1.ops import attention_cores, reference, segments
 from megatron_r1.ops.attention import ATTENTION, describe, qknorm_attention
 from megatron_r1.ops.dispatch import OPS_VARIABLE
 from megatron_r1.ops.rope import cos_sin, rope_table, rotate
@@ -309,6 +309,19 @@ def test_keeps_the_input_the_output_and_one_number_per_head_and_token(implementa
     node = out.grad_fn
     assert {name for name in vars(node) if not name.startswith("_")} == {"call", "context"}
     assert not any(isinstance(x, Tensor) for x in (*node.call, node.context))
+
+
+def test_documents_are_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each reading waits for the device; forward and backward of every layer share the first."""
+    made: list[int] = []
+    real = segments._plan
+    monkeypatch.setattr(segments, "_plan", lambda *args: (made.append(1), real(*args))[1])
+    ids = torch.tensor([[0, 0, 1, 1, 1]])
+    x = make(5, 1, 2, 1, 4)
+    for _ in range(3):
+        x = x * run(x, 1, 4, ids).sum(-1, keepdim=True)
+    x.sum().backward()
+    assert made == [1]
 
 
 @pytest.mark.parametrize("implementation", FUSED)
