@@ -45,13 +45,13 @@ void expect_dtype(const Tensor& t, const char* argument, std::initializer_list<S
 void expect_tokens(const Tensor& a, const Tensor& b) {
   dtype_of(a, "a");
   expect_dim(a, 2, "a", "[T, din]");
+  expect_countable(a, "a");
   expect_dim(b, 2, "b", "[T, dout]");
   expect_size(b, 0, a.size(0), "b", "as many tokens as a");
   expect_dtype(b, "b", {a.scalar_type()}, "(a's dtype)");
   expect_same_device(b, a, "b", "a");
   expect_unit_stride(a, "a");
   expect_unit_stride(b, "b");
-  expect_countable(a, "a");
   expect_countable(b, "b");
 }
 

@@ -28,6 +28,7 @@ torch.compile, where lengths are not known, each document is scored by its gradi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -130,7 +131,7 @@ def _main_grad(a: Tensor, b: Tensor, main_grad: Tensor) -> None:
 def _document_gradients(a: Tensor, b: Tensor, borders: Tensor) -> Tensor:
     """[n, dout, din]: every document's weight gradient."""
     wide, edges = _wide(a.dtype), borders.tolist()
-    gradients = [b[s:e].to(wide).t() @ a[s:e].to(wide) for s, e in zip(edges, edges[1:])]
+    gradients = [b[s:e].to(wide).t() @ a[s:e].to(wide) for s, e in itertools.pairwise(edges)]
     return torch.stack(gradients) if gradients else a.new_zeros((0, b.shape[1], a.shape[1]), dtype=wide)
 
 

