@@ -31,7 +31,7 @@ class Array {
     void* memory = nullptr;
     if (posix_memalign(&memory, 256, std::max<size_t>(n * sizeof(T), 1)) != 0) fail("no memory for %zu bytes", n * sizeof(T));
     data_.reset(static_cast<T*>(memory));
-    races::watch(memory, n * sizeof(T), false);
+    races::watch(memory, n * sizeof(T), false, "an array in global memory");
   }
   T* data() { return size_ ? data_.get() : nullptr; }  // an empty tensor's pointer is null
   const T* data() const { return size_ ? data_.get() : nullptr; }

@@ -217,7 +217,7 @@ inline State state;
   va_start(args, format);
   std::vsnprintf(text, sizeof text, format, args);
   va_end(args);
-  fail_at(site, "%s", text);
+  fail("at %s: %s", site.text().c_str(), text);
 }
 
 inline uint64_t random_bits() {  // xorshift64*
@@ -551,7 +551,7 @@ struct SharedArray {
 #endif
     }
     Untracked untracked;
-    races::watch(data, bytes, true);
+    races::watch(data, bytes, true, name);
     std::memset(data, 0xff, bytes);
     state.static_shared += bytes;
     if (state.static_shared > options.shared_without_asking) fail("static shared memory: more than %zu bytes (at %s)", options.shared_without_asking, name);
@@ -661,7 +661,7 @@ inline void run_block() {
   for (auto& m : state.warpgroups) m.arrived = 0;
   const auto [tls, tls_bytes] = thread_local_block();
   if (tls_bytes) std::memset(tls, 0xff, tls_bytes);
-  races::watch(tls, tls_bytes, true);
+  races::watch(tls, tls_bytes, true, "plain __shared__ memory");
   races::start_block();
   if (state.dynamic_bytes) std::memset(state.dynamic_shared, 0xff, state.dynamic_bytes);
   while (state.live > 0) {
@@ -715,7 +715,7 @@ inline void launch(const char* name, const void* kernel, dim3 grid, dim3 block, 
   state.dynamic_bytes = shared_bytes;
   state.running = true;
   races::start_launch(state.threads);
-  races::watch(memory, shared_bytes, true);
+  races::watch(memory, shared_bytes, true, "dynamic shared memory");
   // Blocks run in no promised order: a random one, unless there are so many that the list itself would be large.
   std::vector<uint32_t> order;
   if (blocks <= (1u << 20)) {
@@ -1125,7 +1125,7 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
 }
 inline cudaError_t cudaMalloc(void** p, size_t bytes) {
   if (posix_memalign(p, 256, std::max<size_t>(bytes, 1)) != 0) return cudaErrorMemoryAllocation;
-  mr1_emu::races::watch(*p, bytes, false);
+  mr1_emu::races::watch(*p, bytes, false, "global memory");
   return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* p) {

@@ -1,7 +1,7 @@
 // Fibers: many stacks on one OS thread, each switched to and from by hand.
 //
 // x86-64 switches in a dozen instructions; other machines go through ucontext (which asks the kernel about signal masks
-// at every switch: slower, same meaning). Stacks come from mmap with an unreadable page below each, so that running off
+// at every switch: slower, same meaning; -DMR1_EMU_UCONTEXT chooses it anywhere). Stacks come from mmap with an unreadable page below each, so that running off
 // a stack is a fault and not another fiber's data. A stack is used again by the next block, never given back.
 // Under the address sanitizer every switch is announced, so that it knows which stack is the current one.
 #pragma once
@@ -13,7 +13,9 @@
 #include <cstdio>
 #include <cstdlib>
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(MR1_EMU_UCONTEXT)
+#define MR1_EMU_X86 1
+#else
 #include <ucontext.h>
 #endif
 
@@ -29,7 +31,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#if defined(__x86_64__)
+#if defined(MR1_EMU_X86)
 extern "C" void mr1_emu_switch(void** save, void* load);
 // Weak and in a group of its own: the header may be included by several source files of one program.
 asm(R"(
@@ -70,7 +72,7 @@ struct Context {
   char* stack = nullptr;
   size_t stack_bytes = 0;
   void* fake_stack = nullptr;  // the address sanitizer's, while switched out
-#if defined(__x86_64__)
+#if defined(MR1_EMU_X86)
   void* sp = nullptr;
 #else
   ucontext_t uc;
@@ -82,7 +84,7 @@ inline void switch_context(Context& from, Context& to) {
 #if defined(MR1_EMU_ASAN)
   __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_bytes);
 #endif
-#if defined(__x86_64__)
+#if defined(MR1_EMU_X86)
   mr1_emu_switch(&from.sp, to.sp);
 #else
   swapcontext(&from.uc, &to.uc);
@@ -115,7 +117,7 @@ inline void make_context(Context& c, void (*entry)()) {
   }
   c.stack = static_cast<char*>(base) + page;
   c.stack_bytes = kStackBytes;
-#if defined(__x86_64__)
+#if defined(MR1_EMU_X86)
   void** top = reinterpret_cast<void**>(c.stack + kStackBytes);
   *--top = nullptr;  // entry's return address: none, so that unwinding ends here
   *--top = reinterpret_cast<void*>(entry);

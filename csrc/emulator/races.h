@@ -37,7 +37,7 @@ inline void accesses(const void*, size_t, bool) {}
 
 namespace races {
 struct Clock {};
-inline void watch(const void*, size_t, bool) {}
+inline void watch(const void*, size_t, bool, const char*) {}
 inline void unwatch(const void*) {}
 inline void start_launch(unsigned) {}
 inline void start_block() {}
@@ -100,6 +100,7 @@ struct Region {
   const char* begin;
   size_t bytes;
   bool shared;
+  const char* name;
   uint32_t launch = 0;
   std::vector<Cell> cells;
 };
@@ -140,13 +141,13 @@ inline void join(Clock& into, const Clock& from) {
   for (size_t i = 0; i < from.size(); ++i) into[i] = std::max(into[i], from[i]);
 }
 
-inline void watch(const void* p, size_t bytes, bool shared) {
+inline void watch(const void* p, size_t bytes, bool shared, const char* name) {
   Busy busy;
   if (!bytes) return;
   for (const Region& r : tracker.regions) {
     if (r.begin == p && r.bytes == bytes) return;
   }
-  tracker.regions.push_back({static_cast<const char*>(p), bytes, shared, 0, {}});
+  tracker.regions.push_back({static_cast<const char*>(p), bytes, shared, name, 0, {}});
 }
 inline void unwatch(const void* p) {
   Busy busy;
@@ -248,11 +249,12 @@ inline std::string source_line(uint32_t pc) {
   std::FILE* pipe = popen(command, "r");
   if (!pipe) return "?";
   std::string text;
-  // The innermost line first; then where it was called from, which says more if that is a helper.
+  // The innermost line first; then where it was called from, which says more if that is a helper of the kernel's.
   while (std::fgets(line, sizeof line, pipe)) {
     std::string one(line);
     one.erase(one.find_last_not_of('\n') + 1);
     if (const size_t note = one.find(" (disc"); note != std::string::npos) one.resize(note);
+    if (one.find("/c++/") != std::string::npos || one.find("/cuda_emu.h") != std::string::npos) continue;
     if (const size_t slash = one.rfind('/'); slash != std::string::npos) one.erase(0, slash + 1);
     text += (text.empty() ? "" : " called from ") + one;
   }
@@ -268,7 +270,7 @@ inline std::string who(const Access& a) {
 }
 
 [[noreturn]] inline void report(const Region& r, size_t offset, const char* now, const char* then, const Access& here, const Access& other) {
-  fail("race: %s %s byte %zu of %s memory, which %s %s; nothing orders the two", who(here).c_str(), now, offset, r.shared ? "a shared array in shared" : "an array in global", who(other).c_str(), then);
+  fail("race: %s %s byte %zu of %s (%zu bytes), which %s %s; nothing orders the two", who(here).c_str(), now, offset, r.name, r.bytes, who(other).c_str(), then);
 }
 
 inline bool ordered(const Region& r, const Access& a) {

@@ -1,6 +1,4 @@
 // Harness of selftest.cuh: the first array is [which kernel, numbers it needs...].
-#include <numeric>
-
 #include "blob.h"
 #include "selftest.cuh"
 
@@ -146,6 +144,24 @@ int main(int argc, char** argv) {
       const auto x = blobs.take<float>();
       auto y = mr1_emu::output<float>(2 * x.size());
       MR1_LAUNCH(round_trip, static_cast<int>((x.size() + 63) / 64), 64, 0, nullptr, y.data(), x.data(), static_cast<int>(x.size()));
+      blobs.give(y);
+      break;
+    }
+    case 11: {
+      auto y = mr1_emu::output<int>(arg(1));
+      auto count = mr1_emu::output<int>(1);
+      count[0] = 0;
+      MR1_LAUNCH(arrivals, 1, arg(1), 0, nullptr, y.data(), count.data());
+      blobs.give(y);
+      break;
+    }
+    case 12: {
+      const auto x = blobs.take<int>();
+      auto y = mr1_emu::output<int>(1);
+      auto partial = mr1_emu::output<int>(x.size() / 32);
+      auto finished = mr1_emu::output<unsigned>(1);
+      finished[0] = 0;
+      MR1_LAUNCH(last_block, static_cast<int>(x.size() / 32), 32, 0, nullptr, y.data(), partial.data(), finished.data(), x.data());
       blobs.give(y);
       break;
     }

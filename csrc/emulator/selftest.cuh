@@ -139,6 +139,28 @@ __global__ void positions(int* y) {
   y[2 * (block * threads + thread) + 1] = thread;
 }
 
+// The order threads come in: y[k] = the k-th thread.
+__global__ void arrivals(int* y, int* count) { y[atomicAdd(count, 1)] = threadIdx.x; }
+
+// y[0] = sum of x[0:blocks * 32], by whichever block is the last to finish.
+__global__ void last_block(int* y, int* partial, unsigned* finished, const int* x) {
+  const int i = blockIdx.x * 32 + threadIdx.x;
+  const int sum = __reduce_add_sync(kAll, x[i]);
+  unsigned before = 0;
+  if (threadIdx.x == 0) {
+    partial[blockIdx.x] = sum;
+    __threadfence();
+    before = atomicAdd(finished, 1u);
+    __threadfence();  // [mutant] others' sums may be read from here on
+  }
+  before = __shfl_sync(kAll, before, 0);
+  if (before == gridDim.x - 1 && threadIdx.x == 0) {
+    int total = 0;
+    for (unsigned b = 0; b < gridDim.x; ++b) total += partial[b];
+    y[0] = total;
+  }
+}
+
 // y = x rounded to bf16 and to f16 and back. y: [2, n].
 __global__ void round_trip(float* y, const float* x, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;

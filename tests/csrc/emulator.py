@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulator"
 SOURCES = {".h", ".cuh", ".cpp", ".cu"}
+Replacements = tuple[str, str] | list[tuple[str, str]]
 
 # Variables that nobody set hold a pattern (a huge float), not what an earlier thread left on the stack.
 FLAGS = ("-std=c++20", "-O1", "-g", "-DMR1_EMULATE", "-ftrivial-auto-var-init=pattern", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-sign-compare")
@@ -83,7 +84,7 @@ def _content(root: Path, files: Sequence[str]) -> str | None:
     return digest.hexdigest()[:12]
 
 
-def _mutant(folder: Path, mutate: Mapping[str, tuple[str, str]]) -> Path:
+def _mutant(folder: Path, mutate: Mapping[str, Replacements]) -> Path:
     """A copy of csrc/ in `folder` with the replacements made."""
     copy = folder / "csrc"
     for path in CSRC.rglob("*"):
@@ -91,18 +92,23 @@ def _mutant(folder: Path, mutate: Mapping[str, tuple[str, str]]) -> Path:
             target = copy / path.relative_to(CSRC)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-    for name, (old, new) in mutate.items():
+    for name, pairs in mutate.items():
         text = (copy / name).read_text()
-        if text.count(old) != 1:
-            raise MutantError(f"{name}: the text to replace must occur once, it occurs {text.count(old)} times: {old!r}")
-        (copy / name).write_text(text.replace(old, new))
+        for old, new in [pairs] if isinstance(pairs, tuple) else pairs:
+            if text.count(old) != 1:
+                raise MutantError(f"{name}: the text to replace must occur once, it occurs {text.count(old)} times: {old!r}")
+            text = text.replace(old, new)
+        (copy / name).write_text(text)
     return copy
 
 
-def build(harness: str, *, sanitize: bool = False, races: bool = False, mutate: Mapping[str, tuple[str, str]] | None = None) -> Path:
+def build(
+    harness: str, *, sanitize: bool = False, races: bool = False, mutate: Mapping[str, Replacements] | None = None, define: Sequence[str] = ()
+) -> Path:
     """The program of csrc/emulator/run_<harness>.cpp, compiled if anything it is made from has changed.
 
-    mutate: {file relative to csrc/: (old, new)}. Each `old` must occur exactly once: MutantError if not.
+    mutate: {file relative to csrc/: (old, new)}, or a list of such pairs: mutants of different kernels can share one
+    program. Each `old` must occur exactly once: MutantError if not. define: macros, "NAME" or "NAME=value".
     Raises EmulatorFailed with the compiler's words. Skips the calling test where g++ or a sanitizer is missing.
     """
     if sanitize and races:
@@ -110,7 +116,7 @@ def build(harness: str, *, sanitize: bool = False, races: bool = False, mutate: 
     extra, link = (SANITIZE, ()) if sanitize else (RACES, RACES_LINK) if races else ((), ())
     if sanitize and (why := _missing(SANITIZE)):
         pytest.skip(f"this compiler has no address and undefined-behaviour sanitizers: {why}")
-    command = [compiler(), *FLAGS, *extra]
+    command = [compiler(), *FLAGS, *extra, *(f"-D{d}" for d in define)]
     source = f"emulator/run_{harness}.cpp"
     kind = "races" if races else "sanitized" if sanitize else "plain"
     stem = f"{harness}-{kind}-{_key(command, link, source, sorted((mutate or {}).items()))}"
@@ -230,3 +236,13 @@ def outcome(exe: Path, arrays: Sequence[object], seed: int, dtypes: Sequence[obj
         return run(exe, arrays, seed, dtypes=dtypes)
     except EmulatorFailed as error:
         return str(error)
+
+
+def nvcc() -> str:
+    """Path of nvcc; skips the test that asks where there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [f"{home}/bin/nvcc"] if home else []
+    found = next((c for c in [*candidates, shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"] if c and os.access(c, os.X_OK)), None)
+    if found is None:
+        pytest.skip("no nvcc on PATH, in CUDA_HOME or in the usual place")
+    return found
