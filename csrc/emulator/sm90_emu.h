@@ -41,7 +41,8 @@ struct TransactionBarrier {
 
 struct WarpProducts {
   bool fenced = false;
-  std::vector<uint64_t> open, groups;  // tickets: not yet committed; the last of each committed group
+  std::vector<uint64_t> open;                 // tickets not yet committed
+  std::vector<std::vector<uint64_t>> groups;  // committed, not yet waited for
   size_t issued = 0;
 };
 
@@ -217,23 +218,28 @@ inline void wgmma_commit(Site site = Site::here()) {
       [](void* const*) {
         mr1_emu::sm90::WarpProducts& products = mr1_emu::sm90::block().warps[mr1_emu::warp()];
         products.fenced = false;
-        products.groups.push_back(products.open.empty() ? 0 : products.open.back());
+        products.groups.push_back(products.open);
         products.open.clear();
       },
       site);
 }
 template <int Pending, int R>
 void wgmma_wait(float (&)[R], Site site = Site::here()) {
+  std::vector<uint64_t> ended;  // what must have ended
   mr1_emu::warp_rendezvous(
-      0xffffffffu, nullptr, "wgmma_wait",
-      [](void* const*) {
-        std::vector<uint64_t>& groups = mr1_emu::sm90::block().warps[mr1_emu::warp()].groups;
+      0xffffffffu, &ended, "wgmma_wait",
+      [](void* const* lanes) {
+        std::vector<std::vector<uint64_t>>& groups = mr1_emu::sm90::block().warps[mr1_emu::warp()].groups;
         while (groups.size() > Pending) {
-          mr1_emu::async_finish(groups.front());
+          for (int l = 0; l < 32; ++l) {
+            auto& list = *static_cast<std::vector<uint64_t>*>(lanes[l]);
+            list.insert(list.end(), groups.front().begin(), groups.front().end());
+          }
           groups.erase(groups.begin());
         }
       },
       site);
+  for (const uint64_t ticket : ended) mr1_emu::async_finish(ticket);  // in every lane: each waits for itself
 }
 template <class T>
 void wgmma_64_128_16(float (&d)[64], uint64_t a, uint64_t b, int add, Site site = Site::here()) {

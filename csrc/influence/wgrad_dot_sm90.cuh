@@ -317,15 +317,20 @@ __global__ void __launch_bounds__(kWgradThreads, 1)
 
       if (at.main_grad != nullptr && unit.begin < unit.end) {
         if (unit.part == 0) {
+          // All reads before the first write: the compiler must take them for the same memory, and would wait for each.
+          float old[64];
 #pragma unroll
           for (int i = 0; i < 64; i += 2) {
             const int r = row + (i / 2 % 2) * 8, c = column + i / 4 * 8;
-            if (r < plan.rows && c < plan.columns) {
-              float2* const where = reinterpret_cast<float2*>(at.main_grad + r * at.main_grad_stride + c);
-              float2 old = *where;
-              old.x += total[i], old.y += total[i + 1];
-              *where = old;
-            }
+            const bool inside = r < plan.rows && c < plan.columns;
+            const float2 both = inside ? *reinterpret_cast<const float2*>(at.main_grad + r * at.main_grad_stride + c) : make_float2(0, 0);
+            old[i] = both.x, old[i + 1] = both.y;
+          }
+#pragma unroll
+          for (int i = 0; i < 64; i += 2) {
+            const int r = row + (i / 2 % 2) * 8, c = column + i / 4 * 8;
+            if (r < plan.rows && c < plan.columns)
+              *reinterpret_cast<float2*>(at.main_grad + r * at.main_grad_stride + c) = make_float2(old[i] + total[i], old[i + 1] + total[i + 1]);
           }
         } else {
           float4* const where = reinterpret_cast<float4*>(at.rest) +
