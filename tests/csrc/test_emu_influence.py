@@ -14,7 +14,6 @@ import emulator
 import numpy as np
 import pytest
 import torch
-
 from torch import Tensor
 
 CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -168,7 +167,8 @@ def test_infinity_outside_the_matrix(exe: Path) -> None:
     case.g[0, :, 7][case.b[2] == 0] = 1
     found = case.run(exe)
     assert isinstance(found, tuple)
-    assert found[0][0, 0] == float("inf") and found[0][1, 0].isfinite()
+    assert found[0][0, 0] == float("inf")
+    assert found[0][1, 0].isfinite()
 
 
 def test_same_bits_in_every_order(exe: Path) -> None:
@@ -177,7 +177,9 @@ def test_same_bits_in_every_order(exe: Path) -> None:
     assert isinstance(first, tuple)
     for seed in range(1, 5):
         again = case.run(exe, seed)
-        assert isinstance(again, tuple) and torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+        assert isinstance(again, tuple)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
 
 
 @pytest.mark.parametrize("lengths", [(0,), (0, 0, 0)])
@@ -185,7 +187,8 @@ def test_no_tokens(exe: Path, lengths: tuple[int, ...]) -> None:
     case = Case(lengths, 16, 16, probes=2)
     found = case.run(exe)
     assert isinstance(found, tuple)
-    assert torch.equal(found[0], torch.zeros(len(lengths), 2)) and torch.equal(found[1], case.before)
+    assert torch.equal(found[0], torch.zeros(len(lengths), 2))
+    assert torch.equal(found[1], case.before)
 
 
 @pytest.mark.parametrize(
