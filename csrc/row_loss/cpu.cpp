@@ -15,7 +15,7 @@ namespace {
 
 // Elements a block has. Inside a block sums are made in W, lane by lane, and blocks are added in double: as accurate as adding
 // by halves, and in an order that depends on nothing but the row's length.
-constexpr int64_t BLOCK = 1024;
+constexpr int64_t BLOCK = 256;
 
 // e^x for x <= 0 (and a little above), NaN for NaN, 0 below -87 (where fp32 runs out of normal numbers) and at -inf.
 // x = k ln 2 + r with |r| <= ln(2)/2; e^r = 1 + r + r^2 q(r), q of degree 4 fitted for the smallest relative error (3e-9 before

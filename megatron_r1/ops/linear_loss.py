@@ -167,6 +167,8 @@ class _Scorer:
 
     def scores(self) -> Tensor:
         """W [documents, K]; a document without positions has 0."""
+        if self.lengths.numel() == 0:
+            return self.parts[:0].to(self.wide)
         return torch.segment_reduce(self.parts, "sum", lengths=self.lengths, axis=0, initial=0.0).to(self.wide)
 
 
