@@ -9,6 +9,13 @@
 namespace mr1 {
 namespace qknr {
 
+// MR1_QKNR_ONE (emulator only) leaves all but one instance of the kernels of 16-byte accesses out; plain ones stand in for them.
+#if defined(MR1_QKNR_ONE)
+constexpr bool kEveryInstance = false;
+#else
+constexpr bool kEveryInstance = true;
+#endif
+
 inline int64_t bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -21,6 +28,7 @@ inline bool aligned(const HeadsView& v, const QkNormRopeArgs& a) {
 
 inline bool fits_vectors(const QkNormRopeArgs& a, bool backward) {
   if (a.type == DType::f64 || a.parity || (a.head_dim != 64 && a.head_dim != 128) || 2 * a.half != a.head_dim) return false;
+  if (!kEveryInstance && !(a.head_dim == 64 && a.interleaved)) return false;
   if (!aligned({a.qkv, a.stride_s, a.stride_b, a.head_dim}, a) || !aligned(a.cos) || !aligned(a.sin)) return false;
   if (!aligned(a.q_weight) || !aligned(a.k_weight)) return false;
   return backward ? aligned(a.dq, a) && aligned(a.dk, a) && aligned(a.dv, a) && aligned(a.dqkv) : aligned(a.q) && aligned(a.k);
@@ -81,8 +89,12 @@ template <class T, class Resident>
 void forward(const QkNormRopeArgs& a, void* stream, const Resident& resident) {
   if constexpr (sizeof(T) != 8) {
     if (fits_vectors(a, false)) {
-      if (a.head_dim == 64) return a.interleaved ? forward_vectors<T, 64, true>(a, stream, resident) : forward_vectors<T, 64, false>(a, stream, resident);
-      return a.interleaved ? forward_vectors<T, 128, true>(a, stream, resident) : forward_vectors<T, 128, false>(a, stream, resident);
+      if constexpr (kEveryInstance) {
+        if (a.head_dim == 128)
+          return a.interleaved ? forward_vectors<T, 128, true>(a, stream, resident) : forward_vectors<T, 128, false>(a, stream, resident);
+        if (!a.interleaved) return forward_vectors<T, 64, false>(a, stream, resident);
+      }
+      return forward_vectors<T, 64, true>(a, stream, resident);
     }
   }
   const auto kernel = plain_forward_kernel<T>;
@@ -95,14 +107,16 @@ template <class T, bool Gain, class Resident>
 unsigned backward(const QkNormRopeArgs& a, bool launch, void* stream, const Resident& resident) {
   if constexpr (sizeof(T) != 8) {
     if (fits_vectors(a, true)) {
-      if (a.head_dim == 64)
-        return a.interleaved ? backward_vectors<T, 64, true, Gain>(a, launch, stream, resident)
-                             : backward_vectors<T, 64, false, Gain>(a, launch, stream, resident);
-      return a.interleaved ? backward_vectors<T, 128, true, Gain>(a, launch, stream, resident)
-                           : backward_vectors<T, 128, false, Gain>(a, launch, stream, resident);
+      if constexpr (kEveryInstance) {
+        if (a.head_dim == 128)
+          return a.interleaved ? backward_vectors<T, 128, true, Gain>(a, launch, stream, resident)
+                               : backward_vectors<T, 128, false, Gain>(a, launch, stream, resident);
+        if (!a.interleaved) return backward_vectors<T, 64, false, Gain>(a, launch, stream, resident);
+      }
+      return backward_vectors<T, 64, true, Gain>(a, launch, stream, resident);
     }
   }
-  const auto kernel = plain_backward_kernel<T>;
+  const auto kernel = plain_backward_kernel<T, Gain>;
   const unsigned threads = plain_threads(a);
   const size_t shared = Gain ? threads / 32 * 2 * a.head_dim * sizeof(typename Wide<T>::type) : 0;
   const int64_t heads = a.s * a.b * heads_of(a, true);

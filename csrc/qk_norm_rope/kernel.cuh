@@ -487,20 +487,24 @@ __global__ void __launch_bounds__(kThreads) plain_forward_kernel(const QkNormRop
 }
 
 // Dynamic shared memory: [warps, 2, h] of W where there are gains, else none.
-template <class T>
+template <class T, bool Gain>
 __global__ void __launch_bounds__(kThreads) plain_backward_kernel(const QkNormRopeArgs a, const unsigned items) {
   using P = Plain<T>;
   using W = typename P::W;
-  MR1_DYNAMIC_SHARED(W, sums);
   const int lane = threadIdx.x % 32, h = a.head_dim;
   const int per_group = a.group_queries + 2 * a.group_keys;
   const unsigned heads = a.groups * per_group, warps = blockDim.x / 32;
-  W* const mine = sums + (threadIdx.x / 32) * 2 * h;  // a lane touches its own pairs only
-  if (a.partials)
+  W* sums = nullptr;
+  W* mine = nullptr;  // this warp's; a lane touches its own pairs only
+  if constexpr (Gain) {
+    MR1_DYNAMIC_SHARED(W, memory);
+    sums = memory;
+    mine = sums + (threadIdx.x / 32) * 2 * h;
     for (int p = lane; p < h / 2; p += 32) {
       const Pair at_pair(a, p);
       mine[at_pair.e] = mine[at_pair.o] = mine[h + at_pair.e] = mine[h + at_pair.o] = 0;
     }
+  }
   for (unsigned item = blockIdx.x * warps + threadIdx.x / 32; item < items; item += gridDim.x * warps) {
     const unsigned t = item / heads;
     const Token at = token_of(a, t);
@@ -532,7 +536,7 @@ __global__ void __launch_bounds__(kThreads) plain_backward_kernel(const QkNormRo
       const W e = to_float(x[at_pair.e]), o = to_float(x[at_pair.o]);
       W u = to_float(dy[at_pair.e]), v = to_float(dy[at_pair.o]);
       P::turn(a, row, p, true, u, v);
-      if (a.partials) {
+      if constexpr (Gain) {
         mine[(query ? 0 : h) + at_pair.e] += e * r * u;
         mine[(query ? 0 : h) + at_pair.o] += o * r * v;
       }
@@ -544,7 +548,7 @@ __global__ void __launch_bounds__(kThreads) plain_backward_kernel(const QkNormRo
       dx[at_pair.o] = Round<T>::from(v);
     }
   }
-  if (a.partials) {
+  if constexpr (Gain) {
     __syncthreads();
     for (int i = threadIdx.x; i < 2 * h; i += blockDim.x) {
       W total = 0;
