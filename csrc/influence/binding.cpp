@@ -165,7 +165,7 @@ void parallel(int64_t tasks, const std::function<void(int64_t)>& task) {
   });
 }
 
-bool takes_fused_cpu_op(Tensor, Tensor, Tensor, Tensor, Tensor) { return false; }
+bool takes_fused_cpu_op(Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>) { return false; }
 
 bool multiplies_bf16() {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -317,10 +317,11 @@ void product_cuda(const Tensor& out, const Tensor& x, const Tensor& y) {
 }
 
 Tensor on_gpu(const std::vector<int64_t>& borders, const Tensor& like) {
+  // From pinned memory, or the copy would wait for all that the stream has still to do.
   const Tensor host = torch::stable::empty({static_cast<int64_t>(borders.size())}, ScalarType::Int, std::nullopt,
-                                           Device(torch::headeronly::DeviceType::CPU));
+                                           Device(torch::headeronly::DeviceType::CPU), true);
   std::copy(borders.begin(), borders.end(), static_cast<int32_t*>(host.mutable_data_ptr()));
-  return torch::stable::to(host, Device(torch::headeronly::DeviceType::CUDA, like.get_device_index()));
+  return torch::stable::to(host, Device(torch::headeronly::DeviceType::CUDA, like.get_device_index()), /*non_blocking=*/true);
 }
 
 // Weight gradient of tokens [begin, end), a block of rows at a time: main_grad += it; scores += <it, g> when `scored`.
@@ -420,15 +421,15 @@ Tensor grad_dot_cuda_op(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, int64_t
   return score_cuda(a, b, g, cu_seqlens, nullptr, rows_below, fused);
 }
 
-bool takes_fused_cuda_op(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, Tensor main_grad) {
+bool takes_fused_cuda_op(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, std::optional<Tensor> main_grad) {
   expect_tokens(a, b);
   expect_probes(a, b, g);
-  expect_main_grad(a, b, g, main_grad);
+  if (main_grad) expect_main_grad(a, b, g, *main_grad);
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
   // Only its being there and its length are looked at.
   const std::vector<int64_t> borders(static_cast<size_t>(std::max<int64_t>(cu_seqlens.numel(), 1)));
   const int32_t stand_in = 0;
-  WgradDotArgs p = arguments(a, b, g, borders, &main_grad, g);
+  WgradDotArgs p = arguments(a, b, g, borders, main_grad ? &*main_grad : nullptr, g);
   p.scores_dtype = DType::f32;
   p.cu_device = &stand_in;
   return wgrad_dot_sm90_supported(p);
@@ -453,7 +454,8 @@ Tensor grad_project_cuda_op(Tensor a_, Tensor b_, Tensor pa, Tensor pb, Tensor c
   Tensor x = projected_cuda(detached(b_), detached(pb), wide), y = projected_cuda(detached(a_), detached(pa), wide);
   for (int64_t d = 0; d < documents && out.numel() > 0; ++d) {
     const int64_t begin = borders[d], tokens = borders[d + 1] - begin;
-    if (tokens > 0) product_cuda(torch::stable::select(out, 0, d), turned(torch::stable::narrow(x, 0, begin, tokens)), torch::stable::narrow(y, 0, begin, tokens));
+    if (tokens == 0) continue;
+    product_cuda(torch::stable::select(out, 0, d), turned(torch::stable::narrow(x, 0, begin, tokens)), torch::stable::narrow(y, 0, begin, tokens));
   }
   return out;
 }
@@ -468,7 +470,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megatron_r1, m) {
   m.def("wgrad_dot_(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, Tensor(main_grad!) main_grad, int rows_below=0, bool fused=False) -> Tensor");
   m.def("grad_dot(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, int rows_below=0, bool fused=False) -> Tensor");
   // Whether the one-pass kernel takes these arguments on the GPU they lie on. Looks at the length of cu_seqlens only.
-  m.def("wgrad_dot_takes_fused(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, Tensor main_grad) -> bool");
+  m.def("wgrad_dot_takes_fused(Tensor a, Tensor b, Tensor g, Tensor cu_seqlens, Tensor? main_grad) -> bool");
   m.def("grad_project(Tensor a, Tensor b, Tensor pa, Tensor pb, Tensor cu_seqlens) -> Tensor");
 }
 

@@ -155,18 +155,6 @@ class _Reference:
         return pb.to(gradients.dtype) @ gradients @ pa.to(gradients.dtype).t()
 
 
-def _method(a: Tensor, b: Tensor, g: Tensor, borders: Tensor, gradient: bool, fused: bool) -> tuple[int, bool]:
-    """(rows_below, fused) of the operators."""
-    if torch.compiler.is_compiling() or not a.shape[1] or not b.shape[1]:
-        return 0, fused
-    sizes = a.shape[1], b.shape[1], g.shape[0]
-    if a.device.type == "cpu":
-        return influence_cost.rows_below(*sizes, "cpu", a.dtype, g.dtype, gradient), False
-    documents = int((borders[1:] > borders[:-1]).sum())
-    method = influence_cost.gpu_method(a.shape[0], documents, *sizes, a.dtype, g.dtype, gradient, fused)
-    return influence_cost.ALL if method == "rows" else 0, method == "fused"
-
-
 class _Csrc:
     """The compiled library: C++ over BLAS on a CPU, cuBLAS and small kernels on a GPU."""
 
@@ -174,19 +162,30 @@ class _Csrc:
 
     @classmethod
     def wgrad_dot(cls, a: Tensor, b: Tensor, g: Tensor, borders: Tensor, main_grad: Tensor) -> Tensor:
-        rows_below, fused = _method(a, b, g, borders, True, cls.fused)
-        if fused and not torch.compiler.is_compiling() and not torch.ops.megatron_r1.wgrad_dot_takes_fused(a, b, g, borders, main_grad):
-            _say_not_fused(a.dtype, g.dtype, a.shape[1], b.shape[1], a.stride(0), b.stride(0))
-            rows_below, fused = _method(a, b, g, borders, True, False)
-        return torch.ops.megatron_r1.wgrad_dot_(a, b, g, borders, main_grad, rows_below, fused)
+        return torch.ops.megatron_r1.wgrad_dot_(a, b, g, borders, main_grad, *cls._method(a, b, g, borders, main_grad))
 
     @classmethod
     def grad_dot(cls, a: Tensor, b: Tensor, g: Tensor, borders: Tensor) -> Tensor:
-        return torch.ops.megatron_r1.grad_dot(a, b, g, borders, *_method(a, b, g, borders, False, cls.fused))
+        return torch.ops.megatron_r1.grad_dot(a, b, g, borders, *cls._method(a, b, g, borders, None))
 
     @classmethod
     def grad_project(cls, a: Tensor, b: Tensor, pa: Tensor, pb: Tensor, borders: Tensor) -> Tensor:
         return torch.ops.megatron_r1.grad_project(a, b, pa, pb, borders)
+
+    @classmethod
+    def _method(cls, a: Tensor, b: Tensor, g: Tensor, borders: Tensor, main_grad: Tensor | None) -> tuple[int, bool]:
+        """(rows_below, fused) of the operators."""
+        if torch.compiler.is_compiling() or not a.shape[1] or not b.shape[1]:
+            return 0, cls.fused
+        layer = a.shape[1], b.shape[1], g.shape[0]
+        if a.device.type == "cpu":
+            return influence_cost.rows_below(*layer, "cpu", a.dtype, g.dtype, main_grad is not None), False
+        fused = cls.fused and torch.ops.megatron_r1.wgrad_dot_takes_fused(a, b, g, borders, main_grad)
+        if cls.fused and not fused:
+            _say_not_fused(a.dtype, g.dtype, a.shape[1], b.shape[1], a.stride(0), b.stride(0))
+        documents = int((borders[1:] > borders[:-1]).sum())
+        method = influence_cost.gpu_method(a.shape[0], documents, *layer, a.dtype, g.dtype, main_grad is not None, fused)
+        return influence_cost.ALL if method == "rows" else 0, method == "fused"
 
 
 class _Fused(_Csrc):
@@ -198,7 +197,7 @@ class _Fused(_Csrc):
 @lru_cache(maxsize=64)
 def _say_not_fused(*arguments: Any) -> None:
     """Once per kind of argument."""
-    _log.info("op wgrad_dot: the one-pass kernel does not take dtypes %s, %s, din %d, dout %d, strides %d, %d; csrc runs instead", *arguments)
+    _log.info("op wgrad_dot: fused does not take dtypes %s, %s, din %d, dout %d, strides %d, %d; csrc runs", *arguments)
 
 
 @lru_cache(maxsize=1)

@@ -177,6 +177,15 @@ def test_long_sums_keep_their_accuracy(kernels: None) -> None:
         assert off(main_grad, gradient) < 1e-5
 
 
+@pytest.mark.parametrize(("rows_below", "lengths", "din", "probes"), [(NEVER, (1,) * 300, 8704, 900), (ALWAYS, (17,) * 256, 1, 1025)])
+def test_more_scores_than_are_kept_per_tile_at_once(kernels: None, rows_below: int, lengths: tuple[int, ...], din: int, probes: int) -> None:
+    a, b, g, cu = numbers(lengths, din, 1, probes)
+    terms = ((b * a).double() @ g[:, 0].double().t()).unflatten(0, (len(lengths), -1)).sum(1)
+    main_grad = torch.zeros(1, din)
+    assert off(torch.ops.megatron_r1.wgrad_dot_(a, b, g, cu, main_grad, rows_below), terms) < 1e-6
+    assert off(main_grad, b.double().t() @ a.double()) < 1e-5
+
+
 @pytest.mark.parametrize(("dtype", "probe_dtype"), [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F64, F64)])
 @pytest.mark.parametrize("name", GRAD_PROJECT.names())
 def test_grad_project(name: str, dtype: torch.dtype, probe_dtype: torch.dtype) -> None:
