@@ -223,7 +223,7 @@ class CpuCore(Core):
 
     name = "sdpa"
     # With fewer keys than the widest vector has numbers the kernel takes a row of scores that are all NaN for one without keys,
-    # and makes it zeros (torch 2.13). So short documents get further tokens behind their last, which the causal mask hides.
+    # and makes it zeros (torch 2.13). So short documents get further tokens behind their last, which the causal edge hides.
     _fewest = 16
 
     def absent(self, device: str) -> str | None:
@@ -240,10 +240,14 @@ class CpuCore(Core):
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, cuts: Cuts | None, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = _heads_first(q, k, v)
-        queries, mask = q.shape[2], self._mask(q, k)
+        mask, queries, lacks = self._mask(q, k), q.shape[2], self._fewest - k.shape[2]
         k, v = _per_query_head(q, k, v)
-        if mask is None and queries < self._fewest:
-            q, k, v = (F.pad(x, (0, 0, 0, self._fewest - queries)) for x in (q, k, v))
+        if lacks > 0:
+            k, v = F.pad(k, (0, 0, 0, lacks)), F.pad(v, (0, 0, 0, lacks))
+            if mask is None:
+                q = F.pad(q, (0, 0, 0, lacks))
+            else:
+                mask = F.pad(mask, (0, lacks), value=float("-inf"))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
         out, lse = out[:, :, :queries], lse[:, :, :queries]
         if not bool(lse.isfinite().all()):  # infinite scores: its exponential in bfloat16 makes 0 of inf - inf

@@ -237,6 +237,23 @@ def test_older_torch_gets_one_key_head_per_query_head(monkeypatch: pytest.Monkey
             torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("core", [CpuCore(), MathCore()], ids=lambda core: core.name)
+def test_a_bad_number_shows_in_a_piece(core: Core, dtype: torch.dtype) -> None:
+    """Also where a document has few queries here, and few keys in all."""
+    for size in (1, 2, 5, 9):
+        length = 4 * size
+        q, k, v = (random(n, 1, 1, 8, seed=n, dtype=dtype) for n in (2 * size, length, length))
+        for ids in (None, (torch.arange(length) >= size - 1).long()[None]):
+            plan = plan_of(ids, 1, length, 1, 2)  # its chunks are the second and third of four
+            for token in range(2 * size):
+                hurt = q.clone()
+                hurt[token, 0, 0, 2] = float("nan")
+                out, lse = core.forward(hurt, k, v, plan, 0.3)
+                assert torch.isnan(out).any(-1).flatten().tolist() == [i == token for i in range(2 * size)]
+                assert torch.isnan(lse).flatten().tolist() == [i == token for i in range(2 * size)]
+
+
 def test_halves_of_a_sequence_add_up_in_fp32() -> None:
     """Shares of the keys' gradients stay wide until they are summed over the pieces."""
     q, k, v = (random(8, 1, 2, 8, dtype=torch.bfloat16) for _ in range(3))
