@@ -37,6 +37,12 @@ from megatron_r1.ops.segments import Plan, check_boundaries, document_numbers, l
 from megatron_r1.utils.errors import DataError
 
 
+cores = attention_cores.cores  # what `megatron-r1 doctor` lists
+
+# Angles are position times frequency in fp32, which knows no odd numbers from here on; and a table of all positions is made.
+_POSITIONS = 1 << 24
+
+
 class ContextPiece(Protocol):
     """This process's share of sequences cut over `size` processes: chunks `rank` and 2*size-1-rank of 2*size equal ones."""
 
@@ -100,6 +106,8 @@ def _highest(positions: Tensor) -> int:
         positions._r1_bounds = (version, bounds)  # type: ignore[attr-defined]
     if bounds[0] < 0:
         raise DataError(expected="positions: none below 0", found=str(bounds[0]), fix="count from the start of the sequence")
+    if bounds[1] >= _POSITIONS:
+        raise DataError(expected=f"positions: below {_POSITIONS}", found=str(bounds[1]), fix="count from the start of the sequence: only differences show")
     return bounds[1]
 
 

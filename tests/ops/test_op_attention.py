@@ -539,6 +539,7 @@ class Piece:
         ({"positions": torch.arange(5)}, "positions: .6. or .6, 1., found shape .5."),
         ({"positions": torch.arange(6).int()}, "positions: int64"),
         ({"positions": torch.arange(6) - 1}, "positions: none below 0, found -1"),
+        ({"positions": torch.arange(6) + 2**40}, "positions: below 16777216, found 1099511627781"),
         ({"context": Piece(2, 2)}, "context: a rank from 0 to 1, found 2"),
         ({"context": Piece(0, 2), "qkv": ROW[:5]}, "twice the number of context-parallel pieces, found 10 tokens"),
         ({"context": Piece(0, 2), "ids": IDS}, "segment_ids: integers .1, 12., one per token of the whole sequence"),
