@@ -36,7 +36,6 @@ from megatron_r1.ops.rope import cos_sin
 from megatron_r1.ops.segments import Plan, check_boundaries, document_numbers, longest, plan_of
 from megatron_r1.utils.errors import DataError
 
-
 cores = attention_cores.cores  # what `megatron-r1 doctor` lists
 
 # Angles are position times frequency in fp32, which knows no odd numbers from here on; and a table of all positions is made.
