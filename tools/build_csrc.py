@@ -261,8 +261,8 @@ def compile_objects(
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with concurrent.futures.ThreadPoolExecutor(jobs or int(os.environ.get("MAX_JOBS") or min(cores, 8))) as pool:
-        # CUDA files first: they take longest.
-        work = sorted((job for job in compile_commands(tools, rooms) if job[0].suffix in suffixes), key=lambda job: job[0].suffix != ".cu")
+        # What takes longest first: kernels, then the rest.
+        work = sorted((job for job in compile_commands(tools, rooms) if job[0].suffix in suffixes), key=lambda job: (job[0].stem != "cpu", job[0].suffix != ".cu"))
         return dict(pool.map(one, work))
 
 

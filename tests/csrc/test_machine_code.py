@@ -44,7 +44,15 @@ class Expect:
 LOAD16, STORE16 = r"LDG\.E\.128", r"STG\.E\.128"
 # room -> rows; a kernel is judged by the first row that fits its name and architecture.
 ROOMS: dict[str, list[Expect]] = {
-    "qk_norm_rope": [],
+    "qk_norm_rope": [
+        # Several heads in flight per thread cost registers; with gains (fp32 sums over tokens in registers) more.
+        Expect(r"::forward_kernel<", registers=120, has=(LOAD16, STORE16)),
+        Expect(r"::backward_kernel<.*, true, \d>", registers=152, has=(LOAD16, STORE16)),
+        Expect(r"::backward_kernel<.*, false, \d>", registers=120, has=(LOAD16, STORE16)),
+        # Any size of heads and any alignment, element by element.
+        Expect(r"::plain_(forward|backward)_kernel<", registers=64),
+        Expect(r"::gain_kernel<", registers=40),
+    ],
     "influence": [
         # Hopper's own: tensor cores, fed by TMA. 3 warpgroups of 128 threads share 64 Ki registers. Older ones get an empty body.
         Expect(r"wgrad_dot_kernel", registers=168, has=(r"HGMMA\.64x128x16\.F32", r"UTMALDG", STORE16), architectures=(SM90,)),
