@@ -1,7 +1,6 @@
 """Makes the helpers of this folder importable by name, whatever folder pytest was started in."""
 
 import sys
-
 from pathlib import Path
 
 HERE = str(Path(__file__).resolve().parent)

@@ -10,6 +10,8 @@ expect to fail. Programs are cached under build/emulator by the content of every
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -18,8 +20,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,11 @@ Replacements = tuple[str, str] | list[tuple[str, str]]
 FLAGS = ("-std=c++20", "-O1", "-g", "-DMR1_EMULATE", "-ftrivial-auto-var-init=pattern", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-sign-compare")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 # Only the instrumentation of the thread sanitizer: its functions are those of csrc/emulator/races.h, not its library's.
-RACES = ("-DMR1_EMU_RACES", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fno-threadsafe-statics", "-fno-pie")
+# memcpy stays a call, which the linker leads there too: written out by the compiler it would not be instrumented.
+RACES = (
+    "-DMR1_EMU_RACES", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fno-threadsafe-statics", "-fno-pie",
+    "-fno-builtin-memcpy", "-fno-builtin-memmove", "-fno-builtin-memset",
+)  # fmt: skip
 RACES_LINK = ("-no-pie", "-Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset")
 
 
@@ -57,14 +62,14 @@ def compiler() -> str:
 
 
 @functools.lru_cache
-def _missing(flags: tuple[str, ...], link: tuple[str, ...] = ()) -> str | None:
+def _missing(flags: tuple[str, ...]) -> str | None:
     """Why programs with these flags can not be built and run here; None if they can."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text("int main() { return 0; }\n")
-        command = [compiler(), *flags, str(source), "-o", str(source.with_suffix("")), *link]
+        command = [compiler(), *flags, str(source), "-o", str(source.with_suffix(""))]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
+        if done.returncode == 0 and "-c" not in flags:
             done = subprocess.run([str(source.with_suffix(""))], capture_output=True, text=True)
         return None if done.returncode == 0 else (done.stdout + done.stderr).strip()[-500:] or f"exit status {done.returncode}"
 
@@ -116,11 +121,26 @@ def build(
     extra, link = (SANITIZE, ()) if sanitize else (RACES, RACES_LINK) if races else ((), ())
     if sanitize and (why := _missing(SANITIZE)):
         pytest.skip(f"this compiler has no address and undefined-behaviour sanitizers: {why}")
+    if races and (why := _missing((*RACES, "-c"))):
+        pytest.skip(f"this compiler can not instrument memory accesses (g++ 12 or newer can): {why}")
     command = [compiler(), *FLAGS, *extra, *(f"-D{d}" for d in define)]
     source = f"emulator/run_{harness}.cpp"
     kind = "races" if races else "sanitized" if sanitize else "plain"
     stem = f"{harness}-{kind}-{_key(command, link, source, sorted((mutate or {}).items()))}"
+    with _alone(stem):
+        return _build(stem, source, command, link, mutate or {})
+
+
+@contextlib.contextmanager
+def _alone(stem: str) -> Iterator[None]:
+    """Tests run side by side, and several may want the same program: one compiles it, the others wait."""
     CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{stem}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(stem: str, source: str, command: list[str], link: tuple[str, ...], mutate: Mapping[str, Replacements]) -> Path:
     record = CACHE / f"{stem}.json"
     try:
         known = json.loads(record.read_text())
@@ -140,7 +160,7 @@ def build(
         words = depends.read_text().replace("\\\n", " ").split()[1:]
         files = sorted({str(Path(w).resolve().relative_to(root.resolve())) for w in words})
         content = _content(CSRC, files)
-        if races:  # link by hand: the driver would link the sanitizer's library
+        if link:  # by hand: the compiler's driver would add the thread sanitizer's library
             _compile([*command, *include, "-c", str(root / source), "-o", f"{made}.o"])
             _compile([compiler(), f"{made}.o", "-o", str(made), *link])
         else:

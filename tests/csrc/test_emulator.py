@@ -9,42 +9,41 @@ import subprocess
 import emulator
 import numpy as np
 import pytest
-
 from emulator import EmulatorFailed, MutantError, build, outcome, run
 
-F, I, U, L = np.float32, np.int32, np.uint32, np.int64
+F32, I32, U32, I64 = np.float32, np.int32, np.uint32, np.int64
 SEEDS = range(12)
 KINDS = {"plain": {}, "sanitized": {"sanitize": True}, "races": {"races": True}, "ucontext": {"define": ["MR1_EMU_UCONTEXT"]}}
 
 
 def floats(*shape):
-    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(F)
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(F32)
 
 
 def ints(n, low, high):
-    return np.random.default_rng(n).integers(low, high, n).astype(I)
+    return np.random.default_rng(n).integers(low, high, n).astype(I32)
 
 
 def case(number, *more):
-    return np.array([number, *more], L)
+    return np.array([number, *more], I64)
 
 
 # name -> (arrays in, dtype out, expected)
 def row_sums():
     x = floats(7, 301)
-    return [case(0, 7, 301, 3), x], F, x.astype(np.float64).sum(1)
+    return [case(0, 7, 301, 3), x], F32, x.astype(np.float64).sum(1)
 
 
 def neighbours():
     x = floats(3, 128)
     padded = np.pad(x, ((0, 0), (1, 1)))
-    return [case(1), x], F, (padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]).ravel()
+    return [case(1), x], F32, (padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]).ravel()
 
 
 def shuffles():
     x = ints(32, -(2**31), 2**31 - 1)
     lane = np.arange(32)
-    out = np.empty((4, 6, 32, 32), I)
+    out = np.empty((4, 6, 32, 32), I32)
     for w in range(6):
         width = 1 << w
         first = lane // width * width
@@ -55,7 +54,7 @@ def shuffles():
             inside = [lane >= 0, sources[1] >= first, sources[2] <= last, sources[3] <= last]
             for kind in range(4):
                 out[kind, w, by] = x[np.where(inside[kind], sources[kind], lane)]
-    return [case(2), x], I, out.ravel()
+    return [case(2), x], I32, out.ravel()
 
 
 def halves():
@@ -63,77 +62,82 @@ def halves():
     half = x.reshape(2, 16)
     votes = [int("".join("1" if v > 0 else "0" for v in half[h][::-1]), 2) << 16 * h for h in range(2)]
     rows = [votes, half.sum(1), half.max(1)]
-    return [case(3), x], U, np.concatenate([np.repeat(np.array(r, L), 16) for r in rows]).astype(U)
+    return [case(3), x], U32, np.concatenate([np.repeat(np.array(r, I64), 16) for r in rows]).astype(U32)
 
 
 def pipeline():
     x = floats(9, 64)
-    return [case(4), x], F, 2 * x[:, ::-1].ravel()
+    return [case(4), x], F32, 2 * x[:, ::-1].ravel()
 
 
 def early_exit():
     x = floats(160)
-    return [case(5), x], F, x[::-1]
+    return [case(5), x], F32, x[::-1]
 
 
 def reverse_vectors():
     x = floats(96, 4)
-    return [case(6), x], F, x[::-1].ravel()
+    return [case(6), x], F32, x[::-1].ravel()
 
 
 def histogram():
     x = ints(1000, 0, 37)
-    return [case(7, 37, 4), x], I, np.bincount(x, minlength=37)
+    return [case(7, 37, 4), x], I32, np.bincount(x, minlength=37)
 
 
 def warp_mailbox():
     x = ints(4, -9, 9)
-    return [case(8), x], I, np.repeat(x, 32)
+    return [case(8), x], I32, np.repeat(x, 32)
 
 
 def positions():
     shape = (2, 3, 2, 8, 4, 2)
     blocks, threads = 12, 64
-    return [case(9, *shape)], I, np.stack([np.repeat(np.arange(blocks), threads), np.tile(np.arange(threads), blocks)], 1).ravel()
+    return [case(9, *shape)], I32, np.stack([np.repeat(np.arange(blocks), threads), np.tile(np.arange(threads), blocks)], 1).ravel()
 
 
 def round_trip():
-    x = np.concatenate([floats(200), np.array([0.0, -0.0, 65504, 65520, 1e-8, 3e38, np.inf, -np.inf, 1.00390625, 1.01171875], F)])
+    x = np.concatenate([floats(200), np.array([0.0, -0.0, 65504, 65520, 1e-8, 3e38, np.inf, -np.inf, 1.00390625, 1.01171875], F32)])
     with np.errstate(over="ignore"):
-        return [case(10), x], F, np.concatenate([emulator.from_bf16(emulator.to_bf16(x)), x.astype(np.float16).astype(F)])
+        return [case(10), x], F32, np.concatenate([emulator.from_bf16(emulator.to_bf16(x)), x.astype(np.float16).astype(F32)])
 
 
 def last_block():
     x = ints(32 * 5, -99, 99)
-    return [case(12), x], I, [x.sum()]
+    return [case(12), x], I32, [x.sum()]
+
+
+def hand_over():
+    x = floats(64, 16)
+    return [case(13), x], F32, np.roll(x, -1, 0).ravel()
 
 
 def chain():
-    return [case(20, 96)], I, np.arange(96)[::-1]
+    return [case(20, 96)], I32, np.arange(96)[::-1]
 
 
 def group_sums():
     x = ints(384, -99, 99)
-    return [case(21), x], L, np.repeat(x.reshape(3, 128).sum(1), 128)
+    return [case(21), x], I64, np.repeat(x.reshape(3, 128).sum(1), 128)
 
 
 def copies():
     x = ints(64 * 6, -99, 99)
-    return [case(22), x], I, x
+    return [case(22), x], I32, x
 
 
 def queue_order():
-    return [case(23, 20)], I, np.arange(20)
+    return [case(23, 20)], I32, np.arange(20)
 
 
 KERNELS = [
     row_sums, neighbours, shuffles, halves, pipeline, early_exit, reverse_vectors, histogram, warp_mailbox, positions, round_trip,
-    last_block, chain, group_sums, copies, queue_order,
+    last_block, hand_over, chain, group_sums, copies, queue_order,
 ]  # fmt: skip
 
 
 def agrees(got, want, dtype):
-    return np.allclose(got, want, rtol=0, atol=1e-4 if dtype is F else 0, equal_nan=False)
+    return np.allclose(got, want, rtol=0, atol=1e-4 if dtype is F32 else 0, equal_nan=False)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.__name__)
@@ -151,7 +155,7 @@ def test_kernels_compute_what_cuda_defines(kind, kernel):
 
 def test_a_seed_stands_for_one_order_and_seeds_differ():
     exe = build("selftest")
-    orders = [run(exe, [case(11, 256)], seed, dtypes=[I])[0] for seed in (0, 1, 2, 2)]
+    orders = [run(exe, [case(11, 256)], seed, dtypes=[I32])[0] for seed in (0, 1, 2, 2)]
     assert all(sorted(order) == list(range(256)) for order in orders)
     assert np.array_equal(orders[2], orders[3])
     assert not np.array_equal(orders[0], orders[1])
@@ -175,6 +179,7 @@ MUTANTS = {
             removed("__syncthreads();  // [mutant] all are counted"),
             removed("__syncwarp();  // [mutant] the number is there"),
             removed("__threadfence();  // [mutant] others' sums"),
+            removed("__syncthreads();  // [mutant] all lie on the desk"),
         ],
         HOST: [
             removed('mr1_emu::wait_until([&] { return done[half] > step; }, "copy", &done[half]);  // [mutant]'),
@@ -224,7 +229,7 @@ MUTANTS = {
 @pytest.mark.parametrize(
     ("mutant", "kernel"),
     [
-        ("first", row_sums), ("first", pipeline), ("first", histogram), ("first", warp_mailbox), ("first", copies),
+        ("first", row_sums), ("first", pipeline), ("first", histogram), ("first", warp_mailbox), ("first", copies), ("first", hand_over),
         ("second", row_sums), ("second", pipeline), ("second", copies),
     ],
     ids=lambda v: getattr(v, "__name__", v),
@@ -244,6 +249,7 @@ def test_missing_synchronisation_gives_wrong_numbers_for_some_order(mutant, kern
         ("first", pipeline, ("race: thread .* of buffers|bar_arrive 1: comes twice",)),
         ("first", histogram, ("race: thread", "changes atomically")),
         ("first", warp_mailbox, ("race: thread",)),
+        ("first", hand_over, ("race: thread", "of desk")),
         ("first", last_block, ("race: thread 0", "of another block", "global memory")),
         ("first", copies, ("race: .*asynchronous work|the block ends before its asynchronous work",)),
         ("second", row_sums, ("race: thread",)),
@@ -319,7 +325,7 @@ def test_launches_are_checked():
 
 
 def test_a_block_of_1024_threads():
-    (order,) = run(build("selftest"), [case(11, 1024)], 3, dtypes=[I])
+    (order,) = run(build("selftest"), [case(11, 1024)], 3, dtypes=[I32])
     assert sorted(order) == list(range(1024))
 
 
@@ -328,7 +334,7 @@ def test_arrays_must_be_those_the_harness_takes():
     assert "there are no more arrays" in run(exe, [case(8)], expect_failure=True)
     assert "input 1 was not used" in run(exe, [case(11, 4), np.zeros(3)], expect_failure=True)
     with pytest.raises(EmulatorFailed, match="gave 1 arrays, 2 were expected"):
-        run(exe, [case(11, 4)], dtypes=[I, I])
+        run(exe, [case(11, 4)], dtypes=[I32, I32])
     with pytest.raises(EmulatorFailed, match="expected a report, found exit status 0"):
         run(exe, [case(11, 4)], expect_failure=True)
 
