@@ -7,7 +7,7 @@ scored document with the columns
 
 A score is the raw sum over the document's predicted tokens of the directional derivative of their loss along the
 preconditioned probe gradient; **positive = benefit** (a step on the document lowers the probe loss). With probe folds
-the scores along each fold stand beside it as `<capability>@<step>#<fold>`.
+the scores along each fold stand beside it as `<capability>@<step>#<fold>`, empty for documents not scored by fold.
 
 This reader also holds Eq. 5 (the joint influence of arXiv 2509.24945 v1), because the influence stage reports it and
 the mixture stage weights by it. pyarrow is imported only when a table is read.
@@ -15,7 +15,9 @@ the mixture stage weights by it. pyarrow is imported only when a table is read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ from megatron_r1.config.base import Frozen
 from megatron_r1.utils import io
 from megatron_r1.utils.errors import ArtifactError
 from megatron_r1.utils.seeding import generator
+from megatron_r1.utils.statistics import stretch
 
 INFLUENCE_FILE = "influence.json"
 Normalise = Literal["none", "rms", "self"]
@@ -68,6 +71,29 @@ class Cell(Frozen):
     positive: float = Field(description="share of documents with a positive score")
 
 
+class Reliability(Frozen):
+    """Would another sample of the same size rank alike? Halves that share nothing, their rank correlation, stepped up."""
+
+    of: Literal["sources", "documents"] = Field(description="what is ranked, by benefit per token")
+    over: Literal["documents", "probe"] = Field(
+        description="what was halved: the scored documents of every source, or the probe folds"
+    )
+    capability: str = Field(description="capability, or `joint`")
+    halves: float | None = Field(
+        description="mean Spearman correlation of the rankings by disjoint halves; null where it is undefined"
+    )
+    value: float | None = Field(
+        description="reliability with all units: `halves` stepped up by Spearman-Brown; null where that has no meaning"
+    )
+    have: int = Field(
+        ge=1, description="units it holds for: scored documents per source (the fewest), or probe windows"
+    )
+    needed: int | None = Field(
+        description="units a reliability of 0.9 would need (Spearman-Brown prophecy); null when the halves do not "
+        "agree at all, so that nothing can be foretold"
+    )
+
+
 class InfluenceRecord(Frozen):
     """Content of `influence.json`."""
 
@@ -79,6 +105,9 @@ class InfluenceRecord(Frozen):
     score_unit: str = Field(description="window: one window per document; document: all of its windows")
     tokens_per_document: int = Field(description="largest number of predicted tokens in a row")
     folds: int = Field(ge=1, description="probe folds with their own direction")
+    fold_documents: int | None = Field(
+        default=None, description="documents per source scored along every fold; null: all of them"
+    )
     probe_sha256: str = Field(description="hash of the probe set")
     normalise: Normalise = Field(description="scale of the summary: see `InfluenceTable.benefits`")
     confidence: float = Field(description="nominal coverage of the intervals")
@@ -95,6 +124,9 @@ class InfluenceRecord(Frozen):
         default={},
         description="capability and `joint` -> split-half reliability of the ranking of sources (Spearman-Brown); "
         "null below 3 sources",
+    )
+    reliabilities: list[Reliability] = Field(
+        default=[], description="the same over documents and over probe folds, with what 0.9 would need"
     )
     validity: dict[str, Any] | None = Field(
         default=None, description="receipt: predicted against real one-step change of the probe loss"
@@ -116,7 +148,45 @@ class DocumentScores:
     start: np.ndarray  # int64 [n]
     n_tokens: np.ndarray  # int64 [n], predicted tokens
     raw: np.ndarray  # float64 [n, C, T]
-    folds: np.ndarray | None  # float64 [n, C, T, F]
+    folds: np.ndarray | None  # float64 [n, C, T, F]; NaN in the rows of documents not scored by fold
+    unit: np.ndarray | None = None  # int [n], rows that are drawn together in a bootstrap; None: those of one document
+
+    @property
+    def by_fold(self) -> np.ndarray:
+        """Which rows were scored along every fold, bool [n]."""
+        if self.folds is None:
+            return np.zeros(len(self.index), bool)
+        return np.isfinite(self.folds).all(axis=(1, 2, 3))
+
+    def units(self) -> tuple[np.ndarray, int]:
+        """Number of the unit each row belongs to, and how many units there are."""
+        unit = np.unique(self.index if self.unit is None else self.unit, return_inverse=True)[1]
+        return unit, int(unit.max()) + 1
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A source's joint benefit per token and the variance of that mean, in closed form, by where it comes from."""
+
+    mean: float
+    documents_variance: float  # of choosing other documents; infinite for a single one
+    probe_variance: float  # of choosing other probe windows; 0 where it is not measured (one fold)
+    documents: int
+    folds: int
+
+    @property
+    def variance(self) -> float:
+        """Of both together."""
+        return self.documents_variance + self.probe_variance
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the variance (Welch and Satterthwaite), rounded down."""
+        parts = [(self.documents_variance, self.documents - 1), (self.probe_variance, self.folds - 1)]
+        total = sum(v * v / df for v, df in parts if df > 0 and v > 0)
+        if not math.isfinite(self.variance) or total == 0:
+            return max(self.documents - 1, 1)
+        return max(int(self.variance**2 / total), 1)
 
 
 class InfluenceTable:
@@ -199,34 +269,87 @@ class InfluenceTable:
             )
         return scales
 
-    def resample(self, source: str, replicates: int, seed: int, normalise: Normalise = "rms") -> np.ndarray:
-        """Bootstrap of the benefit per token: [replicates, C].
+    def resample(
+        self,
+        source: str,
+        replicates: int,
+        seed: int,
+        normalise: Normalise = "rms",
+        confidence: float | None = 0.95,
+    ) -> np.ndarray:
+        """Bootstrap of the benefit per token over documents and, with probe folds, over the probe: [replicates, C].
 
-        Documents are drawn with replacement, several rows of one document together; with probe folds, folds are drawn
-        with replacement too (the same draw for every source and capability of a replicate, since they share the probe).
+        Documents are drawn with replacement, several rows of one document together. Folds are drawn with replacement
+        too, the same draw for every source and capability of a replicate, since they share the probe. The deviations of
+        both are added, each stretched for the small number of its units (`utils.statistics.stretch`): to an unbiased
+        variance and, with a confidence, to the width Student's t would give that interval. Drawing both at once instead
+        would count the noise of single document-fold pairs three times; added it counts twice, still on the safe side.
         """
         scores = self.scores(source)
-        unit = np.unique(scores.index, return_inverse=True)[1]
-        count = int(unit.max()) + 1
+        unit, count = scores.units()
         tokens = np.bincount(unit, weights=scores.n_tokens, minlength=count)
         draws = generator(seed, "bootstrap", source).multinomial(
             count, np.full(count, 1.0 / count), size=replicates
         )  # [R, n]
-        weight = self.alpha / self.scales(normalise)  # [C, T]
+        sums = group_sum(self.benefits(source, normalise), unit, count)
+        point = sums.sum(axis=0) / tokens.sum()
+        found = point + stretch(count, confidence) * ((draws @ sums) / (draws @ tokens)[:, None] - point)
         if scores.folds is None:
-            sums = group_sum(np.einsum("nct,ct->nc", scores.raw, weight), unit, count)
-            return (draws @ sums) / (draws @ tokens)[:, None]
-        fold_count = scores.folds.shape[-1]
-        fold_draws = generator(seed, "bootstrap probe folds").multinomial(
-            fold_count, np.full(fold_count, 1.0 / fold_count), size=replicates
-        )
+            return found
+        return found + np.einsum("rcf,cf->rc", self._share_draws(replicates, seed, confidence), self.fold_rates(source, normalise))
+
+    def _share_draws(self, replicates: int, seed: int, confidence: float | None) -> np.ndarray:
+        """What a draw of folds changes in the weight of each fold, [R, C, F]; the rows sum to 0."""
+        folds = self.record.folds
+        drawn = generator(seed, "bootstrap probe folds").multinomial(folds, np.full(folds, 1.0 / folds), size=replicates)
         base = np.array([self.record.fold_weights[capability] for capability in self.record.capabilities])  # [C, F]
-        share = fold_draws[:, None, :] * base[None]  # [R, C, F]
+        share = drawn[:, None, :] * base[None]
         share /= share.sum(axis=-1, keepdims=True)
-        per_fold = np.einsum("nctf,ct->ncf", scores.folds, weight)
-        sums = group_sum(per_fold.reshape(len(per_fold), -1), unit, count)
-        rates = ((draws @ sums) / (draws @ tokens)[:, None]).reshape(replicates, *per_fold.shape[1:])
-        return np.einsum("rcf,rcf->rc", rates, share)
+        return stretch(folds, confidence) * (share - base)
+
+    def fold_benefits(self, source: str, normalise: Normalise = "rms") -> np.ndarray:
+        """As `benefits`, along each probe fold: [n, C, F]; NaN for documents not scored by fold.
+
+        Raises ArtifactError for a table without folds.
+        """
+        folds = self.scores(source).folds
+        if folds is None:
+            raise ArtifactError(
+                expected="scores along several probe folds",
+                found=f"one direction per capability in {self.path.name}",
+                fix="score again with influence's `probe_folds` above 1",
+            )
+        return np.einsum("nctf,ct->ncf", folds, self.alpha / self.scales(normalise))
+
+    def fold_rates(self, source: str, normalise: Normalise = "rms") -> np.ndarray:
+        """Benefit per token along each fold over the documents scored by fold, [C, F]."""
+        scores, there = self.scores(source), self.scores(source).by_fold
+        return self.fold_benefits(source, normalise)[there].sum(axis=0) / scores.n_tokens[there].sum()
+
+    def spread(self, source: str, normalise: Normalise = "rms") -> Spread:
+        """The joint benefit per token (Eq. 5 and 6) with the variances the bootstrap of `resample` estimates."""
+        scores = self.scores(source)
+        unit, count = scores.units()
+        tokens = np.bincount(unit, weights=scores.n_tokens, minlength=count)
+        sums = group_sum(self.benefits(source, normalise).mean(axis=1, keepdims=True), unit, count)[:, 0]
+        mean = float(sums.sum() / tokens.sum())
+        squares = float(((sums - mean * tokens) ** 2).sum()) / float(tokens.sum()) ** 2
+        documents = squares * count / (count - 1) if count > 1 else math.inf
+        folds, probe = self.record.folds, 0.0
+        if scores.folds is not None:
+            base = np.array([self.record.fold_weights[capability] for capability in self.record.capabilities])
+            probe = float((folds * base * self.fold_rates(source, normalise)).mean(axis=0).var(ddof=1)) / folds
+        return Spread(mean, documents, probe, count, folds)
+
+    def counted(self, shares: Mapping[str, np.ndarray], units: Mapping[str, np.ndarray]) -> InfluenceTable:
+        """The same table with every row's score multiplied by `shares` (its tokens stay) and rows drawn by `units`."""
+        other = InfluenceTable(self.path, self.record)
+        for source in self.sources:
+            scores = self.scores(source)
+            share = shares[source][:, None, None]
+            folds = None if scores.folds is None else scores.folds * share[..., None]
+            other._cache[source] = replace(scores, raw=scores.raw * share, folds=folds, unit=units[source])
+        return other
 
 
 def group_sum(values: np.ndarray, unit: np.ndarray, count: int) -> np.ndarray:
@@ -266,6 +389,13 @@ def read_scores(path: Path, record: InfluenceRecord) -> DocumentScores:
             for fold in range(record.folds)
         ]
         folds = np.stack([read(name) for name in names], axis=1).astype(np.float64).reshape(*shape, record.folds)
+        whole = np.isfinite(folds).all(axis=(1, 2, 3))
+        if not (whole | np.isnan(folds).all(axis=(1, 2, 3))).all() or not whole.any():
+            raise ArtifactError(
+                expected=f"documents scored along every probe fold or along none in {path}, and some along every",
+                found=f"{int(whole.sum())} of {len(whole)} scored along every one, others in part or not at all",
+                fix="delete the artifact folder and score again; if it happens again, lower fd_epsilon or raise eps",
+            )
     if not np.isfinite(raw).all():
         raise ArtifactError(
             expected=f"finite scores in {path}",

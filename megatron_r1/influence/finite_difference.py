@@ -41,7 +41,8 @@ class FiniteDifference:
         try:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
-                    parameter.copy_(torch.add(self._saved[name], direction[name].to(parameter.dtype), alpha=h))
+                    line = direction[name].to(device=parameter.device, dtype=parameter.dtype)
+                    parameter.copy_(torch.add(self._saved[name], line, alpha=h))
             yield
         finally:
             self.restore()

@@ -50,9 +50,21 @@ class Job:
         return int(self.config.batch)
 
     @property
+    def folds(self) -> int:
+        """Probe folds with a direction of their own; 0 when the whole probe has the only one."""
+        return self.config.probe_folds if self.config.probe_folds > 1 else 0
+
+    @property
     def columns(self) -> int:
-        """Scores per document and checkpoint: C x F."""
-        return len(self.probe) * self.config.probe_folds
+        """Scores kept per document and checkpoint: C x (1 + folds), the whole probe first."""
+        return len(self.probe) * (1 + self.folds)
+
+    def by_fold(self, partition: Partition) -> int:
+        """How many documents of a partition, the first ones, are scored along every fold."""
+        if not self.folds:
+            return 0
+        wanted = partition.last if self.config.fold_documents is None else self.config.fold_documents
+        return min(max(wanted - partition.first, 0), len(partition))
 
     def check_rows(self) -> list[Row]:
         """A few rows of several sources, to estimate the curvature error on."""
@@ -73,12 +85,17 @@ class Job:
         """Rows of a partition's documents, units counted from 0."""
         return self.chosen[partition.source].part(partition.first, partition.last)
 
+    def rows_by_fold(self, partition: Partition) -> tuple[list[Row], list[Row]]:
+        """Rows of the documents scored along every fold, and of the others, which see the whole probe only."""
+        rows, some = self.rows(partition), self.by_fold(partition)
+        return [row for row in rows if row.unit < some], [row for row in rows if row.unit >= some]
+
     def load(self, step: int, partition: Partition) -> np.ndarray | None:
-        """The scores of a finished partition, float64 [n, C F], or None."""
+        """The scores of a finished partition, float64 [n, columns] (NaN: not scored by fold), or None."""
         return self.store.load(step, partition.source, partition.number, (len(partition), self.columns))
 
     def save(self, step: int, partition: Partition, scores: np.ndarray) -> None:
-        """Keep the scores of a partition, float64 [n, C F]."""
+        """Keep the scores of a partition, float64 [n, columns]."""
         self.store.save(step, partition.source, partition.number, scores)
 
     def directions_file(self, step: int) -> Path:
@@ -142,16 +159,21 @@ def direction_tokens(job: Job) -> int:
     gradients = sum(
         3 * padded_tokens(rows[fold::folds], job.tokens) for rows in job.probe.values() for fold in range(folds)
     )
-    return gradients + 4 * job.columns * padded_tokens(job.check_rows(), job.tokens)
+    lines = len(job.probe) * max(job.folds, 1)
+    return gradients + 4 * lines * padded_tokens(job.check_rows(), job.tokens)
 
 
 def scoring_tokens(job: Job, partition: Partition) -> int:
     """Token-forwards that a partition takes at one checkpoint: two per direction."""
-    return 2 * job.columns * padded_tokens(job.rows(partition), job.tokens)
+    split, whole = (padded_tokens(rows, job.tokens) for rows in job.rows_by_fold(partition))
+    return 2 * len(job.probe) * (job.folds * split + whole)
 
 
 def scores_at(job: Job, step: int) -> dict[str, np.ndarray]:
-    """Raw scores of one checkpoint from the finished partitions: source -> float64 [n, C, F]."""
+    """Raw scores of one checkpoint from the finished partitions: source -> float64 [n, C, 1 + folds].
+
+    The first is along the whole probe, the others along its folds (NaN where a document was not scored by fold).
+    """
     found: dict[str, list[np.ndarray]] = {source: [] for source in job.chosen}
     for partition in job.partitions():
         scores = job.load(step, partition)
@@ -161,7 +183,7 @@ def scores_at(job: Job, step: int) -> dict[str, np.ndarray]:
             )
         found[partition.source].append(scores)
     return {
-        source: np.concatenate(all_parts).reshape(-1, len(job.probe), job.config.probe_folds)
+        source: np.concatenate(all_parts).reshape(-1, len(job.probe), 1 + job.folds)
         for source, all_parts in found.items()
     }
 
@@ -174,5 +196,4 @@ def fold_weights(job: Job, step: int) -> np.ndarray:
 
 def totals_at(job: Job, step: int) -> dict[str, np.ndarray]:
     """Raw scores along the whole probe's direction: source -> float64 [n, C]."""
-    weights = fold_weights(job, step)
-    return {source: np.einsum("ncf,cf->nc", scores, weights) for source, scores in scores_at(job, step).items()}
+    return {source: scores[:, :, 0] for source, scores in scores_at(job, step).items()}

@@ -85,7 +85,25 @@ def probe_gradients(
     device: torch.device,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[ProbeGradient]:
-    """The probe's gradient, split into `folds` parts whose weighted mean is the whole (one part: the whole).
+    """The probe's gradient, split into `folds` parts whose weighted mean is the whole: see `fold_gradient`."""
+    return [
+        fold_gradient(losses, parameters, rows, fold, folds, weighting, batch_tokens, device, advance)
+        for fold in range(folds)
+    ]
+
+
+def fold_gradient(
+    losses: TokenLosses,
+    parameters: Mapping[str, Tensor],
+    rows: Sequence[Row],
+    fold: int,
+    folds: int,
+    weighting: str,
+    batch_tokens: int,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda _: None,
+) -> ProbeGradient:
+    """One part of the probe's gradient (of one part: the whole).
 
     Raises DataError when there are fewer rows than folds or the gradient is zero or not a number.
     """
@@ -96,29 +114,26 @@ def probe_gradients(
             fix="lower probe_folds or raise the probe's documents",
         )
     weights = row_weights(rows, weighting)
-    parts = []
-    for fold in range(folds):
-        # Every folds-th row: the windows stand source by source, so each fold holds all sources.
-        chosen = list(range(fold, len(rows), folds))
-        share = sum(weights[i] * rows[i].targets for i in chosen)
-        found, loss = gradient(
-            losses,
-            parameters,
-            [rows[i] for i in chosen],
-            [weights[i] / share for i in chosen],
-            batch_tokens,
-            device,
-            advance,
+    # Every folds-th row: the windows stand source by source, so each fold holds all sources.
+    chosen = list(range(fold, len(rows), folds))
+    share = sum(weights[i] * rows[i].targets for i in chosen)
+    found, loss = gradient(
+        losses,
+        parameters,
+        [rows[i] for i in chosen],
+        [weights[i] / share for i in chosen],
+        batch_tokens,
+        device,
+        advance,
+    )
+    size = norm(found)
+    if not 0 < size < float("inf"):
+        raise DataError(
+            expected="a finite probe gradient that is not zero",
+            found=f"a gradient of norm {size} (probe loss {loss})",
+            fix="check that the checkpoint's training did not diverge and that the probe is not empty",
         )
-        size = norm(found)
-        if not 0 < size < float("inf"):
-            raise DataError(
-                expected="a finite probe gradient that is not zero",
-                found=f"a gradient of norm {size} (probe loss {loss})",
-                fix="check that the checkpoint's training did not diverge and that the probe is not empty",
-            )
-        parts.append(ProbeGradient(found, loss, share))
-    return parts
+    return ProbeGradient(found, loss, share)
 
 
 def norm(direction: Mapping[str, Tensor]) -> float:

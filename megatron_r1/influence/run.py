@@ -20,7 +20,7 @@ from megatron_r1.artifacts.influence import (
 from megatron_r1.artifacts.probe import ProbeSet, load_probe
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.influence import access
-from megatron_r1.influence.aggregate import summarise
+from megatron_r1.influence.aggregate import JOINT, advice, summarise
 from megatron_r1.influence.config import InfluenceConfig
 from megatron_r1.influence.job import Job, fold_weights, prepare, require_matching, scores_at
 from megatron_r1.influence.score import score
@@ -29,6 +29,7 @@ from megatron_r1.influence.store import ScoreStore, write_table
 from megatron_r1.utils import io
 from megatron_r1.utils.logging import get_logger
 
+FEW_FOLDS = 4
 log = get_logger(__name__)
 
 
@@ -54,6 +55,7 @@ def run(config: InfluenceConfig, inputs: Mapping[str, Any], work: Workspace) -> 
         return None
     record = finish(job, probe, work, validity)
     io.atomic_write_json(work.path / INFLUENCE_FILE, record.plain())
+    log.info("influence: %g %% intervals below cover the choice of %s, nothing else", 100 * record.confidence, " and ".join(record.interval_covers))
     for source, cell in sorted(record.joint.items(), key=lambda item: -item[1].mean):
         log.info(
             "influence %-20s joint %+.4f [%+.4f, %+.4f]  ess %.0f of %d",
@@ -63,6 +65,9 @@ def run(config: InfluenceConfig, inputs: Mapping[str, Any], work: Workspace) -> 
             cell.ess,
             cell.documents,
         )
+    for found in record.reliabilities:
+        if found.capability == JOINT:
+            log.info("influence: %s", advice(found))
     return work.complete(
         {
             "documents": sum(cell.documents for cell in record.joint.values()),
@@ -80,7 +85,7 @@ def finish(job: Job, probe: ProbeSet, work: Workspace, validity: dict[str, Any] 
     weights = fold_weights(job, steps[-1])
     for source, chosen in job.chosen.items():
         stacked = np.stack([scores[source] for scores in every])
-        write_table(work.path / "scores" / f"{source}.parquet", chosen, list(job.probe), steps, weights, stacked)
+        write_table(work.path / "scores" / f"{source}.parquet", chosen, list(job.probe), steps, stacked)
     directions, eps = {}, None
     for step in steps:
         for capability, note in io.read_json(job.directions_file(step)).items():
@@ -88,11 +93,11 @@ def finish(job: Job, probe: ProbeSet, work: Workspace, validity: dict[str, Any] 
             note.pop("weights")
             directions[column(capability, step)] = Direction.model_validate(note)
     covers = ["scored documents"] + (["probe folds"] if config.probe_folds > 1 else [])
-    notes = (
-        []
-        if config.probe_folds > 1
-        else ["intervals do not cover the choice of probe windows; set probe_folds above 1 for that"]
-    )
+    notes = []
+    if config.probe_folds == 1:
+        notes.append("intervals do not cover the choice of probe windows; set probe_folds above 1 for that")
+    elif config.probe_folds < FEW_FOLDS:
+        notes.append(f"{config.probe_folds} probe folds hardly tell how noisy the probe is, so intervals are wide; 8 are better")
     record = InfluenceRecord(
         capabilities=list(job.probe),
         preconditioner=config.preconditioner,
@@ -104,6 +109,7 @@ def finish(job: Job, probe: ProbeSet, work: Workspace, validity: dict[str, Any] 
         ],
         tokens_per_document=config.tokens_per_document,
         folds=config.probe_folds,
+        fold_documents=config.fold_documents,
         probe_sha256=probe.sha256,
         normalise=config.normalise,
         confidence=config.confidence,
@@ -115,4 +121,5 @@ def finish(job: Job, probe: ProbeSet, work: Workspace, validity: dict[str, Any] 
         validity=validity,
         notes=notes,
     )
-    return summarise(InfluenceTable(work.path, record), config.bootstrap, job.seed)
+    windows = min(len(rows) for rows in job.probe.values())
+    return summarise(InfluenceTable(work.path, record), config.bootstrap, job.seed, windows)

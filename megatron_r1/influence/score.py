@@ -7,6 +7,7 @@ processes and the receipt is rank 0's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from megatron_r1.influence import access
 from megatron_r1.influence.finite_difference import FiniteDifference, sum_by_unit
 from megatron_r1.influence.groups import energy_shares
 from megatron_r1.influence.job import Job, Partition, direction_tokens, scoring_tokens, totals_at
-from megatron_r1.influence.probe_gradient import Direction, ProbeGradient, dot, norm, probe_gradients
+from megatron_r1.influence.probe_gradient import Direction, dot, fold_gradient, norm
 from megatron_r1.influence.rows import batches
 from megatron_r1.influence.validity import cost, receipt
 from megatron_r1.parallel.context import ParallelContext
@@ -61,6 +62,15 @@ def _missing(job: Job, point: CheckpointInfo) -> tuple[list[Partition], bool, bo
     return todo, not job.directions_file(point.step).exists(), receipts
 
 
+@dataclass(frozen=True)
+class Lines:
+    """The directions of one capability: of its whole probe and, with folds, of each of them (kept in host memory)."""
+
+    whole: Direction
+    folds: list[Direction]
+    weights: np.ndarray  # [F], sum 1
+
+
 def _score_checkpoint(
     job: Job,
     step: int,
@@ -77,10 +87,35 @@ def _score_checkpoint(
         if partition not in todo:
             advance(scoring_tokens(job, partition))
             continue
-        rows = job.rows(partition)
-        packed = batches(rows, job.tokens, ctx.device)
-        found = [sum_by_unit(engine.scores(line, packed, advance=advance), rows, len(partition)) for line in lines]
-        job.save(step, partition, np.stack(found, axis=1))
+        job.save(step, partition, _score_partition(job, partition, lines, engine, ctx, advance))
+
+
+def _score_partition(
+    job: Job,
+    partition: Partition,
+    lines: list[Lines],
+    engine: FiniteDifference,
+    ctx: ParallelContext,
+    advance: Advance,
+) -> np.ndarray:
+    """Scores of a partition's documents, float64 [n, C (1 + F)]: the whole probe's, then its folds' (or NaN).
+
+    A document scored along every fold needs no further direction: the folds' weighted sum is the whole.
+    """
+    found = np.full((len(partition), len(lines), 1 + job.folds), np.nan)
+    split, whole = job.rows_by_fold(partition)
+    some = job.by_fold(partition)
+    packed = {"split": batches(split, job.tokens, ctx.device), "whole": batches(whole, job.tokens, ctx.device)}
+    for c, line in enumerate(lines):
+        for f, fold in enumerate(line.folds if some else ()):
+            scores = sum_by_unit(engine.scores(fold, packed["split"], advance=advance), split, len(partition))
+            found[:some, c, 1 + f] = scores[:some]
+        if some:
+            found[:some, c, 0] = found[:some, c, 1:] @ line.weights
+        if whole:
+            scores = sum_by_unit(engine.scores(line.whole, packed["whole"], advance=advance), whole, len(partition))
+            found[some:, c, 0] = scores[some:]
+    return found.reshape(len(partition), -1)
 
 
 def _directions(
@@ -90,27 +125,56 @@ def _directions(
     loaded: access.LoadedCheckpoint,
     ctx: ParallelContext,
     advance: Advance,
-) -> list[Direction]:
-    """P G of every capability and probe fold, capability by capability; noted in the directions file."""
+) -> list[Lines]:
+    """P G of every capability and probe fold; noted in the directions file.
+
+    Fold by fold: at most one fold's gradient and the running sum of them lie on the device at a time.
+    """
     config = job.config
-    lines: list[Direction] = []
+    lines: list[Lines] = []
     notes: dict[str, dict[str, Any]] = {}
     check = batches(job.check_rows(), job.tokens, ctx.device)
     for capability, rows in job.probe.items():
-        found = probe_gradients(
-            loaded.losses,
-            loaded.parameters,
-            rows,
-            config.probe_folds,
-            config.probe_weighting,
-            job.tokens,
-            ctx.device,
-            advance,
-        )
-        along = [loaded.preconditioner(part.gradient) for part in found]
-        truncation = max(engine.truncation(line, check, advance) for line in along) if check else None
-        notes[capability] = _describe(engine, found, along, truncation, loaded.eps)
-        lines += along
+        folds: list[Direction] = []
+        weights: list[float] = []
+        total: Direction = {}
+        loss, truncations = 0.0, []
+        for fold in range(config.probe_folds):
+            part = fold_gradient(
+                loaded.losses,
+                loaded.parameters,
+                rows,
+                fold,
+                config.probe_folds,
+                config.probe_weighting,
+                job.tokens,
+                ctx.device,
+                advance,
+            )
+            along = loaded.preconditioner(part.gradient)
+            if check:
+                truncations.append(engine.truncation(along, check, advance))
+            weights.append(part.weight)
+            loss += part.weight * part.loss
+            if not job.folds:
+                total, folds = part.gradient, []
+                continue
+            total = {n: g * part.weight + (total[n] if total else 0) for n, g in part.gradient.items()}
+            folds.append({name: line.cpu() for name, line in along.items()})
+        truncation = max(truncations) if truncations else None
+        whole = loaded.preconditioner(total)
+        lines.append(Lines(whole, folds, np.array(weights)))
+        notes[capability] = {
+            "probe_loss": loss,
+            "gradient_norm": norm(total),
+            "direction_norm": norm(whole),
+            "self_influence": dot(total, whole),
+            "step": engine.step(whole),
+            "truncation": truncation,
+            "energy": energy_shares(total, whole),
+            "weights": weights,
+            "eps": loaded.eps,
+        }
         if truncation is not None and truncation > TRUNCATION_WARNING:
             log.warning(
                 "influence %s at step %d: curvature makes the finite differences wrong by about %.1f %%; lower "
@@ -122,29 +186,6 @@ def _directions(
     if ctx.is_main:
         io.atomic_write_json(job.directions_file(step), notes)
     return lines
-
-
-def _describe(
-    engine: FiniteDifference,
-    found: list[ProbeGradient],
-    along: list[Direction],
-    truncation: float | None,
-    eps: float | None,
-) -> dict[str, Any]:
-    """What is worth knowing of a capability's direction: of the whole probe, folds joined."""
-    gradient = {name: sum(part.weight * part.gradient[name] for part in found) for name in found[0].gradient}
-    direction = {name: sum(part.weight * line[name] for part, line in zip(found, along)) for name in gradient}
-    return {
-        "probe_loss": sum(part.weight * part.loss for part in found),
-        "gradient_norm": norm(gradient),
-        "direction_norm": norm(direction),
-        "self_influence": dot(gradient, direction),
-        "step": engine.step(direction),
-        "truncation": truncation,
-        "energy": energy_shares(gradient, direction),
-        "weights": [part.weight for part in found],
-        "eps": eps,
-    }
 
 
 def _take_receipt(

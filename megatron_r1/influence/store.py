@@ -21,7 +21,7 @@ from megatron_r1.utils import io
 
 
 class ScoreStore:
-    """Partitions under one folder. Legend: n documents of a partition, K = capabilities x probe folds."""
+    """Partitions under one folder. Legend: n documents of a partition, K = scores kept per document."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -60,14 +60,12 @@ def write_table(
     chosen: Chosen,
     capabilities: Sequence[str],
     steps: Sequence[int],
-    fold_weights: np.ndarray,
     scores: np.ndarray,
 ) -> None:
     """Write `scores/<source>.parquet`.
 
-    scores: float64 [T, n, C, F], the derivative along each probe fold; fold_weights: [C, F], rows summing to 1. The
-    column of a capability and checkpoint is the weighted sum over folds, which is the derivative along the whole
-    probe's direction.
+    scores: float64 [T, n, C, 1 + F], the derivative along the whole probe's direction and, with folds, along each of
+    them (NaN where a document was not scored by fold, which becomes an empty field).
     """
     columns: dict[str, arrow.Array] = {
         "index": arrow.array(chosen.index, arrow.int64()),
@@ -75,15 +73,12 @@ def write_table(
         "start": arrow.array(chosen.start, arrow.int64()),
         "n_tokens": arrow.array(chosen.n_tokens, arrow.int64()),
     }
-    folds = scores.shape[-1]
     for c, capability in enumerate(capabilities):
         for t, step in enumerate(steps):
-            columns[column(capability, step)] = arrow.array(scores[t, :, c] @ fold_weights[c], arrow.float64())
-            if folds > 1:
-                for f in range(folds):
-                    columns[column(capability, step, f)] = arrow.array(
-                        np.ascontiguousarray(scores[t, :, c, f]), arrow.float64()
-                    )
+            columns[column(capability, step)] = arrow.array(np.ascontiguousarray(scores[t, :, c, 0]), arrow.float64())
+            for f in range(scores.shape[-1] - 1):
+                found = np.ascontiguousarray(scores[t, :, c, 1 + f])
+                columns[column(capability, step, f)] = arrow.array(found, arrow.float64(), from_pandas=True)
     buffer = memory.BytesIO()
     parquet.write_table(arrow.table(columns), buffer, compression="zstd", store_schema=False)
     io.atomic_write_bytes(path, buffer.getvalue())

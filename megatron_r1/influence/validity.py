@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_r1.influence.aggregate import spearman
 from megatron_r1.influence.config import ValidityConfig
 from megatron_r1.influence.finite_difference import FiniteDifference
 from megatron_r1.influence.precondition import Preconditioner
@@ -21,6 +20,7 @@ from megatron_r1.influence.probe_gradient import gradient, norm, row_weights
 from megatron_r1.influence.rows import Row, batches, padded_tokens
 from megatron_r1.influence.select import Chosen
 from megatron_r1.utils.seeding import generator
+from megatron_r1.utils.statistics import spearman
 
 CONCENTRATION = 0.3
 Batch = list[tuple[str, int]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "probe"), str(HERE.parent / "distributed")]
+sys.path[:0] = [str(HERE), *(str(HERE.parent / name) for name in ("probe", "distributed", "mixture"))]
 
 import small_world  # noqa: E402
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_r1.influence.aggregate import spearman
 from megatron_r1.influence.finite_difference import FiniteDifference, sum_by_unit
 from megatron_r1.influence.groups import energy_shares
 from megatron_r1.influence.precondition import Adam, Identity, Preconditioner
@@ -21,6 +20,7 @@ from megatron_r1.model.forward import token_losses
 from megatron_r1.parallel.config import LayoutConfig
 from megatron_r1.parallel.context import initialize
 from megatron_r1.utils.errors import CheckpointError, DataError
+from megatron_r1.utils.statistics import spearman
 
 CPU = torch.device("cpu")
 BATCH = 512
