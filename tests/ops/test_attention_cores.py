@@ -254,6 +254,19 @@ def test_a_bad_number_shows_in_a_piece(core: Core, dtype: torch.dtype) -> None:
                 assert torch.isnan(lse).flatten().tolist() == [i == token for i in range(2 * size)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("core", [CpuCore(), MathCore()], ids=lambda core: core.name)
+def test_an_infinite_score_shows(core: Core, dtype: torch.dtype) -> None:
+    for length in (3, 20, 40):
+        q, k, v = (random(length, 1, 2, 8, seed=i, dtype=dtype) for i in range(3))
+        q[1, 0, 0, 2] = float("inf")
+        k[:, 0, 0, 2] = 1.0
+        out, _ = core.forward(q, k, v, plan_of(None, 1, length), 0.3)
+        assert torch.isnan(out[1, 0, 0]).all()
+        assert torch.isfinite(out[[0, *range(2, length)]]).all()
+        assert torch.isfinite(out[1, 0, 1]).all()
+
+
 def test_halves_of_a_sequence_add_up_in_fp32() -> None:
     """Shares of the keys' gradients stay wide until they are summed over the pieces."""
     q, k, v = (random(8, 1, 2, 8, dtype=torch.bfloat16) for _ in range(3))

@@ -219,7 +219,7 @@ def test_few_tokens(s: int, b: int, implementation: str, core: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", FUSED)
-def test_strided_input_and_gradient(implementation: str) -> None:
+def test_strided_input_and_gradient(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = make(11, 2, 4, 2, 8)
     expected = with_gradients(run(packed, 2, 8, implementation=implementation), [packed])
     rows_first = packed.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
@@ -235,6 +235,13 @@ def test_strided_input_and_gradient(implementation: str) -> None:
     assert torch.equal(*pairs)
     ones = [torch.autograd.grad(run(packed, 2, 8, implementation=implementation), packed, g)[0] for g in (torch.ones(()).expand(11, 2, 32), torch.ones(11, 2, 32))]
     assert torch.equal(*ones)
+    # GPU kernels require elements of a head side by side, which the gradient of a sum has not.
+    strides: list[int] = []
+    core = attention_cores.choose("cpu", torch.float32, 8, segments.plan_of(None, 2, 11))
+    real = core._backward
+    monkeypatch.setattr(core, "_backward", lambda *args: (strides.extend(x.stride(-1) for x in args[:5]), real(*args))[1])
+    run(packed, 2, 8, implementation=implementation).sum().backward()
+    assert strides == [1] * 5
 
 
 @pytest.mark.parametrize("core", CORES)
