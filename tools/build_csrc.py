@@ -46,7 +46,7 @@ TORCH_MINIMUM, TORCH_TARGET = (2, 11), "0x020b000000000000"
 # sm_80 for A100, sm_90a for H100/H200 (wgmma and TMA), PTX for whatever comes later.
 ARCHITECTURES = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90")
 CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-Wall", "-Wextra")
-NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", "--expt-relaxed-constexpr", "-lineinfo")
+NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", "--expt-relaxed-constexpr")
 # z,defs: a function that is declared and nowhere defined fails here and not when the library is loaded.
 LINK_FLAGS = ("-shared", "-Wl,--as-needed", "-Wl,-z,defs", "-Wl,--exclude-libs,ALL")
 # g++ 12 and clang 15 are the first with _Float16 in C++; CUDA 12 is the first with sm_90a.
@@ -246,7 +246,9 @@ def compile_objects(
 
     def one(job: tuple[Path, list[str]]) -> tuple[Path, Path]:
         path, command = job
-        name = hashlib.sha256((source_hash(path) + shlex.join(command)).encode()).hexdigest()[:12]
+        # nvcc itself reads these variables, e.g. NVCC_APPEND_FLAGS=-lineinfo for a profiler.
+        flags = [os.environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS") if path.suffix == ".cu"]
+        name = hashlib.sha256((source_hash(path) + shlex.join([*command, *flags])).encode()).hexdigest()[:12]
         target = OBJECTS / f"{path.parent.name}-{path.stem}-{name}.o"
         if target.exists():
             return path, target
@@ -299,7 +301,9 @@ def build(out: Path = LIBRARY, cuda: str = "auto", rooms: tuple[str, ...] = ROOM
     began = time.monotonic()
     static = [str(_static_cudart(tools))] if architectures != "none" else []
     objects = compile_objects(tools, rooms, jobs, say)
-    link = [*shlex.split(tools.cxx), *LINK_FLAGS, *map(str, objects.values()), f"-L{tools.torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", *static, "-ldl", "-lpthread", "-lrt"]
+    # The C++ library before torch's: torch happens to export pieces of the former, which another release of it need not.
+    libraries = [*static, "-lstdc++", f"-L{tools.torch / 'lib'}", "-ltorch_cpu", "-ldl", "-lpthread", "-lrt"]
+    link = [*shlex.split(tools.cxx), *LINK_FLAGS, *map(str, objects.values()), *libraries]
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

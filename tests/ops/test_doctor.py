@@ -12,14 +12,14 @@ import pytest
 
 from megatron_r1.cli import main
 from megatron_r1.ops import attention, doctor, extension
-from megatron_r1.ops.dispatch import OPS, OPS_VARIABLE, Op
+from megatron_r1.ops.dispatch import OPS, OPS_VARIABLE, Op, load_all
 from megatron_r1.utils.errors import EnvironmentProblem
 
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(OPS_VARIABLE, raising=False)
-    before = dict(OPS)
+    before = load_all()  # what is imported once does not register again
     yield
     OPS.clear()
     OPS.update(before)

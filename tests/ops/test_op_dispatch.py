@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.ops import dispatch
-from megatron_r1.ops.dispatch import OPS, OPS_VARIABLE, Op
+from megatron_r1.ops.dispatch import OPS, OPS_VARIABLE, Op, load_all
 from megatron_r1.utils.errors import EnvironmentProblem
 
 ONE = torch.ones(())
@@ -23,7 +23,7 @@ ONE = torch.ones(())
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Toy ops leave no trace in the list of all ops; the caller's setting plays no part."""
     monkeypatch.delenv(OPS_VARIABLE, raising=False)
-    before = dict(OPS)
+    before = load_all()  # what is imported once does not register again
     yield
     OPS.clear()
     OPS.update(before)
