@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
@@ -76,16 +77,24 @@ def share(base: Mapping[str, float], bounds: Bounds) -> dict[str, float]:
         )
     room = float(np.where(grows, high, low).sum())
     if room < 1 - 1e-12:
-        binding = sorted((name for name, can in zip(names, wanted) if can), key=lambda name: bounds.high[name])
-        raise ConfigError(
-            expected="caps that leave room for the whole budget",
-            found=f"room for {100 * room:.1f} % of it; binding: "
-            + ", ".join(f"{name} (at most {100 * bounds.high[name]:.2f} %)" for name in binding),
-            fix="raise max_epochs, lower the budget, or add data to the binding sources",
-        )
+        _too_little_room(names, low, high, wanted, bounds)
     scale = _scale(values, low, high, grows) if grows.any() else 0.0
     weights = np.clip(scale * values, low, high)
     return dict(zip(names, _exact(weights, low, high).tolist()))
+
+
+def _too_little_room(
+    names: list[str], low: np.ndarray, high: np.ndarray, wanted: np.ndarray, bounds: Bounds
+) -> NoReturn:
+    """Say how much of the budget the caps leave room for, and whose caps they are. Raises ConfigError."""
+    room = float(np.where(wanted & (high > low), high, low).sum())
+    binding = sorted((name for name, can in zip(names, wanted) if can), key=lambda name: bounds.high[name])
+    raise ConfigError(
+        expected="caps that leave room for the whole budget",
+        found=f"room for {100 * room:.1f} % of it; binding: "
+        + ", ".join(f"{name} (at most {100 * bounds.high[name]:.2f} %)" for name in binding),
+        fix="raise max_epochs, lower the budget, or add data to the binding sources",
+    )
 
 
 def _scale(values: np.ndarray, low: np.ndarray, high: np.ndarray, grows: np.ndarray) -> float:
@@ -127,3 +136,84 @@ def natural(tokens: Mapping[str, int]) -> dict[str, float]:
 def distance(a: Mapping[str, float], b: Mapping[str, float]) -> float:
     """Total variation distance of two mixtures: the share of tokens that moves to other sources, 0..1."""
     return 0.5 * math.fsum(abs(a.get(name, 0.0) - b.get(name, 0.0)) for name in {*a, *b})
+
+
+def boxed(log_base: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """clip(exp(log_base + nu), low, high) with the nu of each row that makes it sum to 1.
+
+    log_base: [R, k], -inf for sources that only get their `low` [k]; NaN rows where no nu exists. The sum is monotone in
+    nu with corners where a source leaves a bound, so the corners around 1 are found and the piece between them is solved
+    exactly: what clamping one source after another would arrive at, without the iteration and without underflow.
+    """
+    with np.errstate(divide="ignore"):
+        log_low, log_high = np.log(low), np.log(high)
+    grows = np.isfinite(log_base) & (high > low)  # [R, k]
+    base = np.where(grows, log_base, 0.0)
+
+    def at(nu: np.ndarray) -> np.ndarray:
+        """Shares at nu [R, m]: [R, m, k]."""
+        raised = np.minimum(base[:, None, :] + nu[..., None], log_high)
+        return np.where(grows[:, None, :], np.maximum(np.exp(raised), low), low)
+
+    corners = np.concatenate([np.where(grows, log_low - base, -np.inf), np.where(grows, log_high - base, -np.inf)], axis=1)
+    corners = np.sort(corners, axis=1)  # [R, 2k]
+    finite = np.where(np.isfinite(corners), corners, np.inf).min(axis=1, keepdims=True)
+    corners = np.maximum(corners, np.where(np.isfinite(finite), finite - 800.0, 0.0))  # exp(-800) is 0
+    total = at(corners).sum(axis=2)  # [R, 2k]
+    last = (total < 1.0).sum(axis=1)  # number of corners below: the piece that holds 1 ends at this one
+    rows = np.arange(len(log_base))
+    upper = corners[rows, np.minimum(last, corners.shape[1] - 1)]
+    lower = corners[rows, np.maximum(last - 1, 0)]
+    middle = (lower + upper) / 2
+    raised = base + middle[:, None]
+    free = grows & (raised > log_low) & (raised < log_high)
+    fixed = np.where(free, 0.0, at(middle[:, None])[:, 0]).sum(axis=1)
+    top = np.where(free, base, -np.inf).max(axis=1)
+    some = np.isfinite(top)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mass = np.log(np.exp(np.where(free, base - np.where(some, top, 0.0)[:, None], -np.inf)).sum(axis=1)) + top
+        solved = np.log(np.maximum(1.0 - fixed, 0.0)) - mass
+    nu = np.where(some, np.clip(solved, lower, upper), upper)
+    found = at(nu[:, None])[:, 0]
+    found[np.abs(found.sum(axis=1) - 1.0) > 1e-9] = np.nan
+    return found
+
+
+def tilt(shares: Mapping[str, float], rho: Mapping[str, float], tau: float, bounds: Bounds) -> dict[str, float]:
+    """The weights that maximise sum w rho - tau KL(w || shares) within bounds: clip(nu * shares * exp(rho / tau)).
+
+    Exact: the Lagrange condition of every source not at a bound is rho - tau log(w / shares) = const. Raises DataError
+    for numbers that are none, ConfigError when the caps leave too little room.
+    """
+    names = list(shares)
+    _require_finite({name: rho[name] for name in names})
+    low = np.array([bounds.low[name] for name in names])
+    high = np.array([bounds.high[name] for name in names])
+    found = boxed(log_tilted(shares, np.array([[rho[name] for name in names]]), tau), low, high)[0]
+    if np.isnan(found).any():
+        _too_little_room(names, low, high, np.array([shares[name] > 0 for name in names]), bounds)
+    return dict(zip(names, _exact(found, low, high).tolist()))
+
+
+def log_tilted(shares: Mapping[str, float], rho: np.ndarray, tau: float) -> np.ndarray:
+    """log(shares * exp(rho / tau)) for rho [R, k], the largest of each row brought to 0."""
+    with np.errstate(divide="ignore"):
+        found = np.log(np.array(list(shares.values()))) + rho / tau
+    return found - found.max(axis=1, keepdims=True)
+
+
+def _require_finite(rho: Mapping[str, float]) -> None:
+    bad = {name: value for name, value in rho.items() if not math.isfinite(value)}
+    if bad:
+        raise DataError(expected="finite benefits per token", found=f"{bad}", fix="make the influence artifact again")
+
+
+def divergence(weights: Mapping[str, float], shares: Mapping[str, float]) -> float:
+    """KL(weights || shares) in nats: 0 for equal mixtures."""
+    total = math.fsum(w * math.log(w / shares[name]) for name, w in weights.items() if w > 0)
+    return max(total, 0.0)
+
+
+def effective_sources(weights: Mapping[str, float]) -> float:
+    """exp(entropy): the number of sources when all weigh alike, 1 when one has all."""
+    return math.exp(-math.fsum(w * math.log(w) for w in weights.values() if w > 0))

@@ -12,27 +12,11 @@ from typing import Any
 
 import numpy as np
 
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-MIX = np.uint64(0xFF51AFD7ED558CCD)
+from megatron_r1.data.ngrams import ngram_hashes
+
 FILTER_BITS = 22
 SKETCH = 64
 SHINGLE = 5
-
-
-def ngram_hashes(tokens: np.ndarray, n: int) -> np.ndarray:
-    """Hash of every n-gram of `tokens` [t]: uint64 [max(t - n + 1, 0)]; equal n-grams have equal hashes."""
-    count = len(tokens) - n + 1
-    if count <= 0:
-        return np.zeros(0, np.uint64)
-    shifted = tokens.astype(np.uint64) + np.uint64(1)
-    hashes = np.zeros(count, np.uint64)
-    for k in range(n):
-        hashes *= MULTIPLIER
-        hashes += shifted[k : k + count]
-    hashes ^= hashes >> np.uint64(33)
-    hashes *= MIX
-    hashes ^= hashes >> np.uint64(29)
-    return hashes
 
 
 def sketch(tokens: np.ndarray) -> np.ndarray:
