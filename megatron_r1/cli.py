@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     export.set_defaults(action=_export)
 
     doctor = commands.add_parser("doctor", help="what this machine has, and which implementation each operation would take")
-    doctor.add_argument("--require", action="append", default=[], metavar="NAME", help="fail unless every operation that has this implementation would use it, e.g. csrc")
+    doctor.add_argument("--require", action="append", default=[], metavar="NAME", help="fail unless every operation that has this implementation would use it or a better one, e.g. csrc")
     doctor.set_defaults(action=_doctor)
     return top
 

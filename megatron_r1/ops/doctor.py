@@ -194,7 +194,7 @@ def table(rows: Iterable[Row], indent: str = "  ") -> str:
 
 
 def unmet(required: str) -> list[str]:
-    """Why an implementation is not taken: a line for each op and device that has it and would not use it.
+    """Why an implementation is not taken: a line for each op and device that has it and would take a worse one.
 
     Raises EnvironmentProblem when no op has one of that name.
     """
@@ -206,9 +206,11 @@ def unmet(required: str) -> list[str]:
         raise EnvironmentProblem(expected=f"--require to name an implementation: {', '.join(names)}", found=repr(required), fix="correct the name")
     lines = []
     for name, device, chosen, why in choices():
-        if required in ops[name].names() and chosen != required:
-            reason = next((line for line in why if line.startswith(f"{required}:")), f"{chosen} is taken before it")
-            lines.append(f"{name} on {device} takes {chosen} ({reason})")
+        names = ops[name].names()
+        if required not in names or (chosen in names and names.index(chosen) <= names.index(required)):
+            continue
+        reason = next((line for line in why if line.startswith(f"{required}:")), "; ".join(why))
+        lines.append(f"{name} on {device} takes {chosen} ({reason})")
     return lines
 
 
@@ -257,7 +259,7 @@ def run(require: list[str]) -> int:
         undo()
     for name, found in lines.items():
         error = EnvironmentProblem(
-            expected=f"every op that has an implementation {name} to use it (--require {name})",
+            expected=f"every op that has an implementation {name} to use it or a better one (--require {name})",
             found="; ".join(found),
             fix="see the reasons; for csrc: build the library (`python tools/build_csrc.py`, or reinstall with --no-build-isolation)",
         )

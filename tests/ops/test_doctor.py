@@ -81,6 +81,14 @@ def test_require_looks_at_choices_and_not_at_presence(toy: Op, monkeypatch: pyte
     assert doctor.unmet("special") == ["toy on cpu takes plain (special: available, not asked for)"]
 
 
+def test_a_better_one_than_required_is_enough(toy: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.unmet("plain") == []  # special is taken
+    monkeypatch.setenv(OPS_VARIABLE, "toy=fast")
+    (line,) = doctor.unmet("plain")
+    assert line.startswith("toy on cpu takes ERROR")
+    assert "the moon is full" in line
+
+
 def test_require_of_nothing_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--require", "nosuch"]) == 2
     assert "'nosuch'" in capsys.readouterr().err
