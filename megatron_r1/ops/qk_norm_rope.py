@@ -217,10 +217,15 @@ def _describe() -> None:
     def empty(qkv: Tensor, heads: int, h: int) -> Tensor:
         return qkv.new_empty((*qkv.shape[:2], heads, h))
 
-    def forward_shapes(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor, nq: int, nkv: int, h: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward_shapes(
+        qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor, nq: int, nkv: int, h: int, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
         return empty(qkv, nq, h), empty(qkv, nkv, h)
 
-    def backward_shapes(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor, nq: int, nkv: int, h: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def backward_shapes(
+        dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor,
+        q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor, nq: int, nkv: int, h: int, *rest: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         return qkv.new_empty(qkv.shape), *(cos.new_empty(0 if weight is None else h) for weight in (q_weight, k_weight))
 
     def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -263,8 +268,8 @@ def _like(gradient: Tensor, weight: Tensor | None) -> Tensor | None:
     return None if weight is None else gradient.to(weight.dtype)
 
 
-def _check_cuda() -> str | None:
-    """Forward and backward of the CUDA kernels against the definition in fp64: None, or what was wrong."""
+def _disagreement(device: str) -> str | None:
+    """Forward and backward of the kernels on `device` against the definition in fp64: None, or what was wrong."""
     generator = torch.Generator().manual_seed(0)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         for interleaved, grouped, head_dim, norm, gain in ((True, True, 64, "rms", False), (False, False, 128, "rms", True), (True, False, 64, "l2", True)):
@@ -276,7 +281,7 @@ def _check_cuda() -> str | None:
                 for shape in ((37, 3, 6, head_dim), (37, 3, 2, head_dim), (37, 3, 2, head_dim), (37, 3, 10 * head_dim))
             ]
             gains = [torch.rand(head_dim, generator=generator) + 0.5 if gain else None for _ in range(2)]
-            there = [None if t is None else t.cuda() for t in (*random, *gains, angles.cos(), angles.sin(), positions)]
+            there = [None if t is None else t.to(device) for t in (*random, *gains, angles.cos(), angles.sin(), positions)]
             exact = [t if t is None or t is positions else t.double() for t in (*random, *gains, angles.cos(), angles.sin(), positions)]
             ours = (*_Csrc.forward(*there[3:], plan), *_Csrc.backward(*there, plan))
             right = (*_Reference.forward(*exact[3:], plan), *_Reference.backward(*exact, plan))
@@ -287,18 +292,21 @@ def _check_cuda() -> str | None:
     return None
 
 
-_absent = absent_until_checked(_check_cuda)
+_checked_absent = absent_until_checked(lambda: _disagreement("cuda"))
 
 
-def _csrc_absent(device: str) -> str | None:
-    if extension.missing() is None:
-        _describe()
-    return _absent(device)
+def _absent(device: str) -> str | None:
+    if (reason := extension.missing()) is not None:
+        return reason
+    if not hasattr(torch.ops.megatron_r1, "qk_norm_rope_fwd"):
+        return f"{extension.path().name} was built without qk_norm_rope; run `python tools/build_csrc.py`"
+    _describe()
+    return _checked_absent(device)
 
 
 # What is registered gives a pair of functions, forward and backward: attention's own backward calls them one by one.
 QK_NORM_ROPE = Op("qk_norm_rope")
-QK_NORM_ROPE.register("csrc", lambda qkv: _Csrc, _csrc_absent)
+QK_NORM_ROPE.register("csrc", lambda qkv: _Csrc, _absent)
 QK_NORM_ROPE.register("analytic", lambda qkv: _Analytic)
 QK_NORM_ROPE.register("reference", lambda qkv: _Reference)
 
@@ -313,7 +321,7 @@ def _checked(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos:
     h, heads = plan.head_dim, plan.num_heads + 2 * plan.num_kv_heads
     _expect(qkv.dim() == 3, "qkv: [s, b, packed heads]", lambda: f"shape {list(qkv.shape)}", "view tokens without rows as qkv[:, None]")
     _expect(qkv.dtype in _DTYPES, "qkv: float32, bfloat16, float16 or float64", lambda: str(qkv.dtype), "convert it first")
-    _expect(h > 0 and h % 2 == 0, "head_dim: a positive even number", lambda: str(h), "pass the size of one head")
+    _expect(0 < h <= 1024 and h % 2 == 0, "head_dim: an even number from 2 to 1024", lambda: str(h), "pass the size of one head")
     _expect(
         plan.num_kv_heads > 0 and plan.num_heads > 0 and plan.num_heads % plan.num_kv_heads == 0,
         "num_heads: a multiple of num_kv_heads, both positive", lambda: f"{plan.num_heads} and {plan.num_kv_heads}", "correct them",
@@ -322,7 +330,7 @@ def _checked(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos:
         qkv.shape[-1] == heads * h, f"qkv: a last dimension of (num_heads + 2 num_kv_heads) * head_dim = {heads * h}",
         lambda: f"shape {list(qkv.shape)}", "correct the sizes",
     )  # fmt: skip
-    _expect(qkv.stride(-1) == 1, "qkv: elements of the last dimension side by side", lambda: f"stride {qkv.stride(-1)}", "call .contiguous() first")
+    _expect(qkv.stride(-1) == 1 or not qkv.numel(), "qkv: elements of the last dimension side by side", lambda: f"stride {qkv.stride(-1)}", "call .contiguous() first")
     _expect(qkv.numel() < 2**31, "qkv: at most 2^31 - 1 elements", lambda: f"{qkv.numel()} elements", "process fewer tokens at a time")
     _expect(plan.norm in NORMS, f"norm: one of {', '.join(NORMS)}", lambda: repr(plan.norm), "correct it")
     _expect(math.isfinite(plan.eps) and plan.eps >= 0, "eps: a finite number, not negative", lambda: str(plan.eps), "correct it")
@@ -441,7 +449,7 @@ def qk_norm_rope_forward(
     run = _prepared(qkv, q_weight, k_weight, cos, sin, positions, plan, implementation)
     with torch.no_grad():
         q, k = run.forward(qkv, q_weight, k_weight, cos, sin, positions, plan)
-        return q, k, values(qkv, plan)
+        return q, k, values(qkv.detach(), plan)  # a view made here would still ask for a gradient
 
 
 def qk_norm_rope_backward(

@@ -186,7 +186,7 @@ def test_parity_rounds_where_hugging_face_does(exe: Path) -> None:
             t["buffer"].view(c.s, c.b, -1), *given, t["cos"], t["sin"], t["positions"], num_heads=c.nq, num_kv_heads=c.nkv, head_dim=c.h,
             norm="rms", eps=c.eps, interleaved=interleaved, grouped=True, parity=True,
         )  # fmt: skip
-        which, *ours = run(exe, arrays(c, t, False))
+        _, *ours = run(exe, arrays(c, t, False))
         for x, y in zip(ours, (q, k)):
             assert (to_torch(x, c.dtype) != y.flatten()).float().mean() < 1e-3
 

@@ -78,7 +78,7 @@ inline void expect_size(const Tensor& t, int64_t axis, int64_t size, const char*
 }
 
 inline void expect_unit_stride(const Tensor& t, const char* argument) {
-  MR1_EXPECT(t.dim() == 0 || t.size(-1) <= 1 || t.stride(t.dim() - 1) == 1, argument, "elements of the last dimension side by side",
+  MR1_EXPECT(t.dim() == 0 || t.numel() == 0 || t.size(-1) <= 1 || t.stride(t.dim() - 1) == 1, argument, "elements of the last dimension side by side",
              "stride " << t.stride(t.dim() - 1), "call .contiguous() first");
 }
 
