@@ -210,8 +210,10 @@ def compile_commands(tools: Toolchain, rooms: tuple[str, ...] = ROOMS) -> list[t
         torch_include.append(f"-isystem{tools.cuda_home / 'include'}")
     commands = []
     for path in cxx_files:
-        extra = [f'-DMR1_BUILD_INFO="{build_info(tools, rooms)}"'] if path.name == "library.cpp" else []
-        commands.append((path, [*cxx, *CXX_FLAGS, *define, *extra, *include, *torch_include, "-c", str(path)]))
+        # Only bindings see torch and know of CUDA: the kernels' objects serve every torch, with CUDA and without.
+        extra = [*define, *torch_include] if path.name in ("binding.cpp", "library.cpp") else []
+        extra += [f'-DMR1_BUILD_INFO="{build_info(tools, rooms)}"'] if path.name == "library.cpp" else []
+        commands.append((path, [*cxx, *CXX_FLAGS, *extra, *include, "-c", str(path)]))
     host = next((word for word in cxx if Path(word).name not in {"ccache", "sccache", "distcc"}), cxx[0])
     for path in cuda_files:
         arches = [part for a in ARCHITECTURES for part in ("-gencode", a)]

@@ -210,6 +210,7 @@ def test_a_wrong_setting_is_an_error(variable: str, tree: Path, monkeypatch: pyt
 
 def test_nvcc_uses_the_same_compiler(tmp_path: Path, tree: Path) -> None:
     (tree / "csrc/room/launch.cu").write_text("")
+    (tree / "csrc/room/binding.cpp").write_text("")
     tools = csrc.Toolchain("ccache /opt/g++-13", str(tmp_path / "nvcc"), tmp_path, "2.13.0")
     script(tmp_path / "nvcc", "true")
     commands = dict(csrc.compile_commands(tools, ("room",)))
@@ -217,7 +218,18 @@ def test_nvcc_uses_the_same_compiler(tmp_path: Path, tree: Path) -> None:
     assert nvcc[nvcc.index("-ccbin") + 1] == "/opt/g++-13"
     cxx = commands[tree / "csrc/room/cpu.cpp"]
     assert cxx[:2] == ["ccache", "/opt/g++-13"]
-    assert "-DMR1_WITH_CUDA" in cxx
+    assert "-DMR1_WITH_CUDA" in commands[tree / "csrc/room/binding.cpp"]
     # For C++ alone there is no CUDA in the flags.
     off = csrc.Toolchain("g++", None, tmp_path, "2.13.0")
     assert not [word for _, command in csrc.compile_commands(off, ("room",)) for word in command if "CUDA" in word]
+
+
+def test_kernels_are_compiled_once_for_every_torch(tmp_path: Path, tree: Path) -> None:
+    (tree / "csrc/room/launch.cu").write_text("")
+    (tree / "csrc/room/binding.cpp").write_text("")
+    script(tmp_path / "nvcc", "true")
+    with_cuda = dict(csrc.compile_commands(csrc.Toolchain("g++", str(tmp_path / "nvcc"), tmp_path, "2.13.0"), ("room",)))
+    without = dict(csrc.compile_commands(csrc.Toolchain("g++", None, tmp_path / "other", "2.12.0"), ("room",)))
+    kernels, binding = tree / "csrc/room/cpu.cpp", tree / "csrc/room/binding.cpp"
+    assert with_cuda[kernels] == without[kernels]
+    assert with_cuda[binding] != without[binding]
