@@ -50,8 +50,8 @@ RowStatsArgs stats_args(const Tensor& z, const std::optional<Tensor>& teacher, d
 SoftmaxGradArgs grad_args(const Tensor& z, const Tensor& numbers, const std::optional<Tensor>& teacher, const std::optional<Tensor>& labels,
                           double inv_temperature, bool hard) {
   expect_logits(z, teacher, inv_temperature);
-  MR1_EXPECT(z.size(0) <= 1 || z.stride(0) >= z.size(1), "z", "rows that do not overlap", "stride " << z.stride(0) << " between rows of " << z.size(1),
-             "call .contiguous() first");
+  MR1_EXPECT(z.size(0) <= 1 || z.stride(0) >= z.size(1), "z", "rows that do not overlap",
+             "stride " << z.stride(0) << " between rows of " << z.size(1), "call .contiguous() first");
   expect_dim(numbers, 2, "numbers", "[rows, 6]");
   expect_size(numbers, 0, z.size(0), "numbers", "rows");
   expect_size(numbers, 1, ROW_NUMBERS, "numbers", "numbers per row");

@@ -23,9 +23,10 @@ from megatron_r1.ops.row_losses import RowLoss
 from megatron_r1.ops.softmax_rows import wide_dtype
 from megatron_r1.utils.errors import DataError
 
-# Logits of one chunk: what fits a CPU core's caches, and what keeps a GPU busy.
-_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-_FEWEST_ROWS = 64
+# Logits of one chunk: what fits a CPU's caches, and what keeps a GPU busy. Fewer rows than 128 cost more than caches save: every
+# chunk reads and writes the whole gradient of the weight.
+_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+_FEWEST_ROWS = 128
 
 
 def _chunks(n: int, row: Tensor) -> Iterator[tuple[int, int]]:
@@ -123,8 +124,8 @@ def linear_loss_scores(
         scores[i, k] = <probes[k], sum over the positions of i of dz^T hidden>,  dz = d(expected * loss)/d(logits)
                      = sum over the positions of i of (dz @ probes[k]) . hidden
     which needs one more product per probe, as large as one of the head's own, and neither the gradient of a document nor a
-    second set of logits. probes [K, V/p, d], the rows of this piece; in another type than weight's, dz is converted first. With a vocabulary in
-    pieces the scores are summed over them; the gradient of hidden is this piece's part.
+    second set of logits. probes [K, V/p, d], the rows of this piece; in another type than weight's, dz is converted first.
+    With a vocabulary in pieces the scores are summed over them; the gradient of hidden is this piece's part.
     Raises DataError on arguments that do not fit each other.
     """
     _check(hidden, weight, rows, expected)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from emulator import EmulatorFailed, build, run
 from torch import Tensor
 
