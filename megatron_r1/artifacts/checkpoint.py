@@ -51,6 +51,9 @@ class TrainManifest(Frozen):
     optimizer: dict[str, Any] = Field(description="AdamW constants: beta1, beta2, eps, weight_decay, clip, and the lr settings under `lr`")
     data_cursors: dict[str, int] = Field(description="per source: blocks consumed since training began, this phase and those it continues")
     data_seed: int = Field(description="seed that keys the data order; carried on together with the cursors")
+    data_views: dict[str, str] = Field(
+        default={}, description="source -> hash of the list of documents its cursor counts blocks of; absent: all documents"
+    )
     shards: str = Field(description="fingerprint of the shards the cursors belong to")
     tokenizer: str = Field(description="SHA-256 of the tokenizer")
     sources: dict[str, float] = Field(description="share of every source asked for")

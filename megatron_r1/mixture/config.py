@@ -9,6 +9,10 @@ from pydantic import Field, model_validator
 
 from megatron_r1.config.base import Frozen, StageConfig, StepName
 from megatron_r1.config.units import Epochs, Tokens
+from megatron_r1.mixture.tables import TABLES
+
+MEASURED = ("influence", "kl")
+"""Methods whose weights follow an influence table."""
 
 
 class MixtureInputs(Frozen):
@@ -16,10 +20,94 @@ class MixtureInputs(Frozen):
 
     shards: StepName = Field(description="corpus step whose sources are mixed")
     influence: StepName | None = Field(
-        default=None, description="influence step; needed by method influence, refused by the others"
+        default=None,
+        description="influence step; needed by the methods influence and kl and by `filter`. Given to another method, "
+        "what it measured is recorded beside the weights, so that mixtures from one table can be compared",
     )
     previous: StepName | None = Field(
         default=None, description="earlier mixture step, to record how far the weights moved"
+    )
+
+
+class KLConfig(Frozen):
+    """How strongly method kl pulls towards the natural shares. Exactly one of the three."""
+
+    tau: float | None = Field(
+        default=None,
+        gt=0,
+        description="tau in: maximise sum w rho - tau KL(w || natural), in the units of rho (see `normalise`); large: "
+        "natural shares, small: the best source only",
+    )
+    effective_sources: float | None = Field(
+        default=None,
+        ge=1,
+        description="the smallest tau that leaves this many effective sources (exponential of the weights' entropy)",
+    )
+    divergence: float | None = Field(
+        default=None, gt=0, description="the smallest tau with KL(w || natural) of at most this many nats"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> KLConfig:
+        if sum(value is not None for value in (self.tau, self.effective_sources, self.divergence)) != 1:
+            raise ValueError("give exactly one of tau, effective_sources and divergence")
+        return self
+
+
+class RedundancyConfig(Frozen):
+    """Near duplicates among the scored documents: the benefit of a cluster is counted once, shared by its copies."""
+
+    ngram: int = Field(default=5, ge=2, le=64, description="length in tokens of the n-grams compared")
+    similarity: float = Field(
+        default=0.7,
+        gt=0,
+        le=1,
+        description="estimated Jaccard similarity of the n-gram sets from which two scored rows count as copies",
+    )
+
+
+class FilterConfig(Frozen):
+    """Which documents the trainer gets to see. Needs whole documents scored (influence's score_unit: document)."""
+
+    rule: Literal["none", "paper", "confident"] = Field(
+        default="none",
+        description="none: all documents; paper: those with benefit above 0 (Eq. 7); confident: all but those whose upper "
+        "bound over the probe folds is at or below 0, so that noise of the probe drops nothing",
+    )
+    unscored: Literal["keep", "drop"] = Field(
+        default="keep",
+        description="documents that were not scored: kept, or dropped (the paper's reading, where all were scored)",
+    )
+    control: bool = Field(
+        default=False,
+        description="keep a random part of the scored documents of the same number of tokens instead, source by source: "
+        "the control that tells choosing from mere shrinking. Weights are those of the filtered mixture",
+    )
+
+
+class StopConfig(Frozen):
+    """When another round of influence is not worth it. Both rules are judged and recorded; neither stops anything."""
+
+    positive: float = Field(
+        default=0.05, ge=0, lt=1, description="paper's rule: stop when fewer than this share of documents have benefit above 0"
+    )
+    collapse: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="paper's rule: stop when the median |benefit| falls below this share of the previous round's",
+    )
+    path: float | None = Field(
+        default=None,
+        gt=0,
+        description="learning rate summed over the updates the mixture is meant for (mean rate times updates): turns the "
+        "first-order gain into nats. Without it the statistical rule cannot say stop, only go on",
+    )
+    tolerance: float = Field(
+        default=0.001,
+        gt=0,
+        description="statistical rule: predicted gain over the reference mixture, in nats of probe loss, that is not "
+        "worth a round",
     )
 
 
@@ -33,13 +121,16 @@ class MixtureConfig(StageConfig):
     3. A clipped source whose whole interval lies below 0 is known to harm: its share is 0 (`harmful: zero`).
     4. So is a source the previous mixture knew to harm, unless it is readmitted (`readmit`).
     5. Every other source gets max(floor, lambda * rho_g), at most its cap; lambda makes the shares sum to 1.
+
+    Method kl replaces 2 and 5 by natural shares times exp(rho / tau), within the same floors and caps.
     """
 
     stage: Literal["mixture"] = Field(default="mixture", description="Which stage this step runs.")
     inputs: MixtureInputs = Field(description="The steps the mixture reads.")
-    method: Literal["influence", "uniform", "natural", "explicit"] = Field(
-        description="influence: Eq. 6; uniform: equal shares; natural: proportional to training tokens; explicit: "
-        "`weights` as given"
+    method: Literal["influence", "kl", "uniform", "natural", "explicit", "published"] = Field(
+        description="influence: Eq. 6; kl: most benefit at a stated distance from the natural shares; uniform: equal "
+        "shares; natural: proportional to training tokens; explicit: `weights` as given (also those another method found); "
+        "published: the table named by `table`"
     )
     sources: list[str] | None = Field(
         default=None,
@@ -51,12 +142,28 @@ class MixtureConfig(StageConfig):
         min_length=1,
         description="relative shares of method explicit; a source the shards lack is dropped aloud and recorded",
     )
+    origin: str | None = Field(
+        default=None,
+        description="where the weights of method explicit come from (another method's proxy run, a paper), for the record",
+    )
+    table: str | None = Field(default=None, description="table of method published: one of " + ", ".join(TABLES))
+    kl: KLConfig | None = Field(default=None, description="strength of method kl")
+    shrink: Literal["none", "pooled"] = Field(
+        default="none",
+        description="pooled: rho of every source is drawn towards the mean of all by what its noise warrants (empirical "
+        "Bayes, positive part), which lowers the mean squared error when sources are noisy; none: Eq. 6 as it stands",
+    )
+    redundancy: RedundancyConfig | None = Field(
+        default=None, description="count near duplicates once; null: every scored document counts, as in Eq. 6"
+    )
+    filter: FilterConfig = Field(default=FilterConfig(), description="which documents are trained on")
+    stop: StopConfig = Field(default=StopConfig(), description="when another round is not worth it")
     floor: float = Field(
         default=0.002,
         ge=0,
         lt=1,
-        description="smallest share of a source that is not known to harm, so that none disappears by noise (method "
-        "influence)",
+        description="smallest share of a source that is not known to harm, so that none disappears by noise (methods "
+        "influence and kl)",
     )
     harmful: Literal["zero", "floor"] = Field(
         default="zero",
@@ -94,34 +201,59 @@ class MixtureConfig(StageConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> MixtureConfig:
-        if (self.method == "influence") != (self.inputs.influence is not None):
-            raise ValueError("inputs.influence must be given with method influence, and only then")
-        if (self.method == "explicit") != (self.weights is not None):
-            raise ValueError("weights must be given with method explicit, and only then")
-        if self.weights is not None:
-            if (
-                any(not (math.isfinite(weight) and weight >= 0) for weight in self.weights.values())
-                or not sum(self.weights.values()) > 0
-            ):
-                raise ValueError("weights must be finite, not negative, and at least one above 0")
-            if self.sources is not None:
-                raise ValueError("with method explicit the weights name the sources; leave `sources` out")
+        if self.method in MEASURED and self.inputs.influence is None:
+            raise ValueError(f"inputs.influence must be given with method {self.method}")
+        if self.filter.rule != "none" and self.inputs.influence is None:
+            raise ValueError(f"inputs.influence must be given with filter.rule {self.filter.rule}")
+        if self.filter.control and self.filter.rule == "none":
+            raise ValueError("filter.control needs a filter.rule whose size it copies")
+        if self.method not in MEASURED and (self.shrink != "none" or self.redundancy is not None):
+            raise ValueError("shrink and redundancy belong to the methods influence and kl")
+        for name, method in (("weights", "explicit"), ("table", "published"), ("kl", "kl")):
+            if (self.method == method) != (getattr(self, name) is not None):
+                raise ValueError(f"{name} must be given with method {method}, and only then")
+        if self.origin is not None and self.method != "explicit":
+            raise ValueError("origin belongs to the weights of method explicit")
+        if self.table is not None and self.table not in TABLES:
+            raise ValueError(f"table {self.table!r} is not known; there are {', '.join(TABLES)}")
+        if self.weights is not None and (
+            any(not (math.isfinite(weight) and weight >= 0) for weight in self.weights.values())
+            or not sum(self.weights.values()) > 0
+        ):
+            raise ValueError("weights must be finite, not negative, and at least one above 0")
+        if self.stated is not None and self.sources is not None:
+            raise ValueError(f"with method {self.method} the weights name the sources; leave `sources` out")
         if self.max_epochs is not None and (self.budget is None or not self.max_epochs > 0):
             raise ValueError("max_epochs needs a budget (such as budget: 500k tokens) and must be above 0")
         return self
+
+    @property
+    def stated(self) -> dict[str, float] | None:
+        """Relative shares that the settings state: the weights given, or those of the published table."""
+        if self.table is not None:
+            return dict(TABLES[self.table].weights) if self.table in TABLES else None
+        return self.weights
 
 
 def describe(config: MixtureConfig) -> str:
     """Return one line that says what this step would do."""
     how = {
         "influence": "share tokens by influence (Eq. 6)",
+        "kl": "share tokens by influence, tilted from the natural shares",
         "uniform": "share tokens equally",
         "natural": "share tokens by size of the sources",
         "explicit": f"share tokens as given for {len(config.weights or {})} sources",
+        "published": f"share tokens as published ({config.table})",
     }[config.method]
-    if config.method == "influence":
+    if config.shrink == "pooled":
+        how += ", shrunk to the mean"
+    if config.redundancy is not None:
+        how += ", near duplicates counted once"
+    if config.method in MEASURED:
         fate = "dropped" if config.harmful == "zero" else "kept at the floor"
         how += f", floor {config.floor:g}, harmful sources {fate}"
     if config.max_epochs is not None:
         how += f", at most {config.max_epochs}"
+    if config.filter.rule != "none":
+        how += f"; documents: {'as many at random as' if config.filter.control else 'those'} the rule {config.filter.rule} keeps"
     return how

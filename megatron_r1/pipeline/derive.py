@@ -109,7 +109,7 @@ def shares(recipe: Recipe, step: str) -> tuple[dict[str, float], str]:
         return shares(recipe, config.inputs.mixture)
     names = list(pools(recipe, config.inputs.shards))
     if config.stage == "mixture":
-        stated = config.weights if config.method == "explicit" else config.method
+        stated = config.method if config.stated is None else config.stated
         names = config.sources or names
     else:
         stated = config.sources
@@ -122,7 +122,7 @@ def shares(recipe: Recipe, step: str) -> tuple[dict[str, float], str]:
         if all(known.values()):
             return _normalised({name: float(tokens or 0) for name, tokens in known.items()}), ""
         return {}, f"shares follow the sizes {config.inputs.shards} will find"
-    if stated == "influence":
+    if stated in ("influence", "kl"):
         return {}, f"shares follow the influence {config.inputs.influence} will measure"
     return {}, "every conversation once per epoch"
 

@@ -7,6 +7,7 @@ depends on the layout.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,15 +15,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_r1.artifacts.base import Artifact
+from megatron_r1.artifacts.base import Artifact, Parent
 from megatron_r1.artifacts.checkpoint import TrainManifest
-from megatron_r1.artifacts.mixture import load_mixture
+from megatron_r1.artifacts.mixture import load_kept, load_mixture
 from megatron_r1.data.dataset import PretrainDataset, SftDataset
 from megatron_r1.data.mixture_order import MixtureOrder
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.data.view import TokenStream
 from megatron_r1.train.config import TrainConfig
-from megatron_r1.utils.errors import DataError, ParallelError
+from megatron_r1.utils.errors import ConfigError, DataError, ParallelError
 from megatron_r1.utils.logging import get_logger
 from megatron_r1.utils.seeding import derive_seed
 
@@ -49,6 +50,8 @@ class TrainingData:
     dataset: Dataset
     data_seed: int
     start: dict[str, int] = field(default_factory=dict)
+    views: dict[str, str] = field(default_factory=dict)
+    """source -> hash of the list of documents its cursor counts blocks of; all documents where there is none."""
 
     @property
     def order(self) -> MixtureOrder:
@@ -101,6 +104,28 @@ def shares(config: TrainConfig, shards: ShardSet, mixture: Artifact | None) -> d
     return {name: weight / total for name, weight in weights.items() if weight > 0}
 
 
+def kept_documents(shards: ShardSet, artifact: Artifact, mixture: Artifact | None) -> dict[str, np.ndarray]:
+    """Numbers of the documents to train on, of the sources a mixture leaves documents out of. Raises DataError for other shards."""
+    found = None if mixture is None else load_kept(mixture, load_mixture(mixture))
+    if mixture is None or found is None:
+        return {}
+    parent = mixture.manifest.parents.get("shards")
+    if not isinstance(parent, Parent) or parent.fingerprint != artifact.fingerprint:
+        raise DataError(
+            expected=f"the shards that {mixture.name} chose documents of" + (f" ({parent.name}, {parent.fingerprint[:8]})" if isinstance(parent, Parent) else ""),
+            found=f"{artifact.name}, {artifact.fingerprint[:8]}", fix="train on the shards the mixture was made for, or make it without a filter",
+        )
+    kept = {name: numbers for name, numbers in found.items() if len(numbers) < len(shards.split(name))}
+    for name, numbers in kept.items():
+        log.info("data: %s is read from %d of its %d documents, those %s kept", name, len(numbers), len(shards.split(name)), mixture.name)
+    return kept
+
+
+def view_hash(numbers: np.ndarray) -> str:
+    """What tells one list of documents from another."""
+    return hashlib.sha256(np.ascontiguousarray(numbers, "<i8").tobytes()).hexdigest()[:16]
+
+
 def _carried(config: TrainConfig, shards: Artifact, parent: TrainManifest | None) -> tuple[dict[str, int], int | None]:
     """Cursors and data seed to go on with; a reason in the log when there is nothing to carry."""
     if parent is None or not config.carry_cursors or config.objective == "sft":
@@ -119,12 +144,18 @@ def open_data(config: TrainConfig, shards: ShardSet, artifact: Artifact, mixture
     weights = shares(config, shards, mixture)
     start, carried_seed = _carried(config, artifact, parent)
     seed = derive_seed(config.seed or 0, "data") if carried_seed is None else carried_seed
+    kept = kept_documents(shards, artifact, mixture)
+    if config.objective == "sft" and kept:
+        raise ConfigError(
+            expected="a mixture that keeps all conversations, for fine-tuning", found=f"documents left out of {', '.join(kept)}",
+            fix="make the mixture without a filter: conversations are packed whole and are not chosen by influence",
+        )
     if config.objective == "sft":
         return _open_sft(config, shards, weights, seed)
     if not weights:
         raise DataError(expected="at least one source with a share above 0", found="none", fix="check the mixture, or set `sources`")
     length = int(config.seq_length)
-    streams = {name: TokenStream(shards.split(name)) for name in weights}
+    streams = {name: TokenStream(shards.split(name), kept.get(name)) for name in weights}
     blocks = {name: stream.blocks(length) for name, stream in streams.items()}
     empty = [name for name, count in blocks.items() if count == 0]
     if empty:
@@ -132,8 +163,15 @@ def open_data(config: TrainConfig, shards: ShardSet, artifact: Artifact, mixture
             expected=f"at least {length + 1} training tokens in every source with a share", found=", ".join(f"{name}: {streams[name].n_tokens}" for name in empty),
             fix="give these sources the share 0, add documents, or shorten seq_length",
         )
+    views = {name: view_hash(numbers) for name, numbers in kept.items()}
+    before = parent.data_views if start and parent is not None else {}
+    changed = [name for name in weights if start.get(name) and views.get(name) != before.get(name)]
+    if changed:
+        log.info("data: other documents of %s than before are read, so these sources start at their beginning", ", ".join(changed))
+        start = {name: 0 if name in changed else count for name, count in start.items()}
     order = MixtureOrder(blocks, weights, seed, {name: start.get(name, 0) for name in weights})
-    return TrainingData(PretrainDataset(streams, order, length, config.reset_documents), seed, start)
+    unused = {name: view for name, view in before.items() if name not in weights}
+    return TrainingData(PretrainDataset(streams, order, length, config.reset_documents), seed, start, {**unused, **{n: v for n, v in views.items() if n in weights}})
 
 
 def _open_sft(config: TrainConfig, shards: ShardSet, weights: dict[str, float] | None, seed: int) -> TrainingData:

@@ -161,6 +161,7 @@ def make_objective(
     identity = {
         "fingerprint": work.fingerprint, "teacher": teachers.identity(config.distill, artifact, config.precision), "temperature": config.distill.temperature,
         "vocab_size": model.vocab_size, "data_seed": data.data_seed, "start": data.order.start,
+        **({"views": data.views} if data.views else {}),
     }
     cache = TopKCache(
         work.tmp / "teacher_top_k", identity, samples=total * config.sequences_per_step, seq_length=length, top_k=top_k,
@@ -238,7 +239,7 @@ def write_payload(trainer: Trainer, artifact: Artifact, shards: ShardSet, parent
     manifest = TrainManifest(
         objective=config.objective, checkpoints=records, final=len(records) - 1, steps=trainer.total, tokens=trainer.tokens, tokens_before=before,
         seq_length=int(config.seq_length), global_batch=int(config.global_batch), optimizer={**config.optimizer.plain(), "lr": config.lr.plain()},
-        data_cursors=cursors, data_seed=data.data_seed, shards=artifact.fingerprint, tokenizer=shards.tokenizer.sha256, sources=data.weights,
+        data_cursors=cursors, data_seed=data.data_seed, data_views=data.views, shards=artifact.fingerprint, tokenizer=shards.tokenizer.sha256, sources=data.weights,
         skipped_steps=trainer.guard.skipped, layout=config.layout.plain(), precision=config.precision,
     )
     io.atomic_write_json(work.path / TRAIN_FILE, manifest.plain())

@@ -18,7 +18,10 @@ from megatron_r1.artifacts.mixture import Mixture, load_mixture
 from megatron_r1.mixture.config import MixtureConfig, describe
 from megatron_r1.mixture.run import run
 from megatron_r1.mixture.solve import solve
+from megatron_r1.mixture.tables import TABLES
+from megatron_r1.pipeline.recipe import load_recipe
 from megatron_r1.utils.errors import ArtifactError, ConfigError, DataError
+from megatron_r1.utils.io import atomic_write_json
 
 TOKENS = {"a": 600, "b": 300, "c": 100}
 
@@ -236,7 +239,15 @@ def test_scores_that_are_not_numbers_are_refused(shards: Artifact, tmp_path: Pat
     ("changes", "message"),
     [
         ({"method": "influence", "inputs": {"shards": "c"}}, "inputs.influence must be given"),
-        ({"method": "uniform", "inputs": {"shards": "c", "influence": "i"}}, "and only then"),
+        ({"method": "kl", "kl": {"tau": 1}, "inputs": {"shards": "c"}}, "inputs.influence must be given with method kl"),
+        ({"method": "uniform", "inputs": {"shards": "c"}, "filter": {"rule": "paper"}}, "must be given with filter.rule"),
+        ({"method": "uniform", "inputs": {"shards": "c"}, "filter": {"control": True}}, "needs a filter.rule"),
+        ({"method": "uniform", "inputs": {"shards": "c"}, "shrink": "pooled"}, "belong to the methods influence and kl"),
+        ({"method": "kl", "inputs": {"shards": "c", "influence": "i"}}, "kl must be given with method kl"),
+        ({"method": "kl", "kl": {}, "inputs": {"shards": "c", "influence": "i"}}, "exactly one of tau"),
+        ({"method": "published", "inputs": {"shards": "c"}}, "table must be given"),
+        ({"method": "published", "inputs": {"shards": "c"}, "table": "none"}, "there are mobilellm_r1_pretrain1"),
+        ({"method": "uniform", "inputs": {"shards": "c"}, "origin": "DoReMi"}, "origin belongs to"),
         ({"method": "explicit", "inputs": {"shards": "c"}}, "weights must be given"),
         ({"method": "explicit", "inputs": {"shards": "c"}, "weights": {"a": 0}}, "at least one above 0"),
         ({"method": "explicit", "inputs": {"shards": "c"}, "weights": {"a": -1, "b": 2}}, "not negative"),
@@ -254,7 +265,97 @@ def test_a_mixture_that_does_not_sum_to_one_is_refused() -> None:
         Mixture(method="uniform", weights={"a": 0.5}, natural={"a": 1.0}, uniform={"a": 1.0}, floor=0.0)
 
 
+def test_every_method_is_recorded_alike_from_one_influence_table(shards: Artifact, tmp_path: Path) -> None:
+    """A recipe can make several mixtures from one table and train on each: what was measured stands beside all weights."""
+    table = one_column({"a": noisy(1.0, 0.1), "b": noisy(0.5, 0.1, 2), "c": noisy(-0.2, 0.1, 3)})
+    influence = build_influence(tmp_path, table, ["code"], [10])
+    rules = {
+        "influence": {},
+        "kl": {"kl": {"tau": 0.5}},
+        "uniform": {},
+        "natural": {},
+        "explicit": {"weights": {"a": 1, "b": 2, "c": 1}, "origin": "a proxy run of another method"},
+    }
+    found = {
+        method: mix(config(method, inputs={"shards": "c", "influence": "i"}, **more), tmp_path / method, shards=shards, influence=influence)
+        for method, more in rules.items()
+    }
+    reference = found["influence"]
+    for method, mixture in found.items():
+        assert (mixture.method, mixture.harmful, mixture.interval_covers) == (method, ["c"], ["scored documents"])
+        assert (mixture.rho, mixture.rho_intervals) == (reference.rho, reference.rho_intervals)
+        assert mixture.decision is not None
+        assert mixture.decision.paper == reference.decision.paper
+        assert mixture.divergence is not None
+        assert mixture.effective_sources is not None
+        assert 1 <= mixture.effective_sources <= 3
+    assert found["natural"].decision.statistical.gain_rate == pytest.approx(0, abs=1e-12)
+    assert found["influence"].decision.statistical.gain_rate > found["uniform"].decision.statistical.gain_rate
+    assert found["natural"].divergence == pytest.approx(0, abs=1e-12)
+    assert found["explicit"].origin == "a proxy run of another method"
+    # a and b as 6 : 3 times exp of their benefits over tau; c is known to harm.
+    ratio = 2 * np.exp((found["kl"].rho["a"] - found["kl"].rho["b"]) / 0.5)
+    assert found["kl"].weights["a"] / found["kl"].weights["b"] == pytest.approx(ratio)
+    assert found["kl"].weights["c"] == 0
+    assert found["kl"].tau == 0.5
+
+
+def test_published_table_by_name(tmp_path: Path) -> None:
+    names = {"starcoder": 100, "openwebmath": 100, "wiki": 100}
+    made = build_shards(tmp_path, {name: {"train": [np.arange(n)]} for name, n in names.items()})
+    found = mix(config("published", table="mobilellm_r1_pretrain1"), tmp_path, shards=made)
+    assert found.weights == pytest.approx({"starcoder": 10.66 / 22.62, "openwebmath": 6.93 / 22.62, "wiki": 5.03 / 22.62})
+    assert found.missing == ["algebraic_stack", "arxiv", "fineweb_edu", "stackexchange"]
+    assert (found.table, found.origin) == ("mobilellm_r1_pretrain1", "arXiv 2509.24945 v1, Table 3, phase 1")
+
+
+def test_published_tables_are_those_of_the_recipes() -> None:
+    recipe = load_recipe("mobilellm_r1_140m")
+    for name, table in TABLES.items():
+        step = recipe.steps["mix_" + name.removeprefix("mobilellm_r1_")]
+        assert step.weights == table.weights  # type: ignore[attr-defined]
+
+
+def test_a_baseline_with_unscored_sources_says_what_it_does_not_record(shards: Artifact, tmp_path: Path) -> None:
+    influence = build_influence(tmp_path, one_column({"a": noisy(1.0), "b": noisy(0.5)}), ["code"], [10])
+    found = mix(config("uniform", inputs={"shards": "c", "influence": "i"}), tmp_path, shards=shards, influence=influence)
+    assert found.decision is None
+    assert found.notes == ["what the influence measured is not recorded: it has no scores of c"]
+
+
+def test_shrinkage_is_recorded_and_off_by_default(tmp_path: Path) -> None:
+    names = "abcdef"
+    made = build_shards(tmp_path, {name: {"train": [np.arange(100)]} for name in names})
+    rates = {name: noisy(0.3 + 0.1 * i, 1.0 + i, i) for i, name in enumerate(names)}
+    influence = build_influence(tmp_path, one_column(rates), ["code"], [10])
+    plain = mix(config(), tmp_path / "plain", shards=made, influence=influence)
+    drawn = mix(config(shrink="pooled"), tmp_path / "drawn", shards=made, influence=influence)
+    assert (plain.shrinkage, plain.shrunk, plain.pooled) == ({}, {}, None)
+    assert plain.rho == drawn.rho
+    assert drawn.pooled is not None
+    for name in names:
+        wanted = drawn.rho[name] - drawn.shrinkage[name] * (drawn.rho[name] - drawn.pooled)
+        assert drawn.shrunk[name] == pytest.approx(wanted)
+    assert list(drawn.shrinkage.values()) == sorted(drawn.shrinkage.values())
+    total = sum(max(value, 0) for value in drawn.shrunk.values())
+    assert drawn.weights == pytest.approx({name: max(value, 0) / total for name, value in drawn.shrunk.items()})
+
+
+def test_a_mixture_of_an_earlier_release_is_still_read(tmp_path: Path) -> None:
+    work = open_workspace(tmp_path, "old", "mixture", {})
+    old = {"method": "uniform", "weights": {"a": 1.0}, "natural": {"a": 1.0}, "uniform": {"a": 1.0}, "floor": 0.0, "intervals": None}
+    atomic_write_json(work.path / "mixture.json", old)
+    found = load_mixture(work.complete({}))
+    assert (found.decision, found.kept, found.interval_covers, found.shrinkage) == (None, None, [], {})
+
+
 def test_describe() -> None:
+    assert describe(config("kl", kl={"tau": 2}, inputs={"shards": "c", "influence": "i"}, shrink="pooled", redundancy={})) == (
+        "share tokens by influence, tilted from the natural shares, shrunk to the mean, near duplicates counted once, "
+        "floor 0, harmful sources dropped"
+    )
+    kept = config("uniform", inputs={"shards": "c", "influence": "i"}, filter={"rule": "confident", "control": True})
+    assert describe(kept).endswith("documents: as many at random as the rule confident keeps")
     assert describe(config(floor=0.002)) == "share tokens by influence (Eq. 6), floor 0.002, harmful sources dropped"
     assert (
         describe(config("uniform", budget="1k tokens", max_epochs="2 epochs"))
