@@ -12,7 +12,7 @@ from typing import Any
 from megatron_r1.artifacts.base import Artifact, Parent
 from megatron_r1.artifacts.checkpoint import CheckpointSet
 from megatron_r1.artifacts.influence import Cell as StoredCell
-from megatron_r1.artifacts.influence import InfluenceTable
+from megatron_r1.artifacts.influence import InfluenceRecord, InfluenceTable
 from megatron_r1.artifacts.mixture import load_mixture
 from megatron_r1.artifacts.probe import load_probe
 from megatron_r1.data.shards import SOURCES_FILE, SourceRecord
@@ -27,6 +27,7 @@ from megatron_r1.report.records import (
     Influence,
     MixtureView,
     Probe,
+    Reliable,
     Result,
     Run,
     Source,
@@ -150,6 +151,20 @@ def _mixture(artifact: Artifact, step: Step) -> MixtureView:
         epochs=mixture.epochs,
         floor=mixture.floor,
         confidence=mixture.confidence,
+        covers=tuple(mixture.interval_covers),
+        rho=mixture.rho,
+        rho_intervals=mixture.rho_intervals,
+        shrunk=mixture.shrunk,
+        shrinkage=mixture.shrinkage,
+        kept_out=tuple(mixture.kept_out),
+        origin=mixture.origin,
+        tau=mixture.tau,
+        effective_sources=mixture.effective_sources,
+        divergence=mixture.divergence,
+        redundancy=mixture.redundancy,
+        kept=mixture.kept,
+        decision=mixture.decision,
+        notes=tuple(mixture.notes),
     )
 
 
@@ -191,10 +206,18 @@ def _influence(artifact: Artifact, step: Step) -> Influence:
         preconditioner=record.preconditioner,
         confidence=record.confidence,
         covers=tuple(record.interval_covers),
-        reliability=record.reliability,
+        reliabilities=_reliabilities(record),
         validity=record.validity,
         notes=tuple(record.notes),
     )
+
+
+def _reliabilities(record: InfluenceRecord) -> tuple[Reliable, ...]:
+    """Those stored; of an earlier release's artifact the split-half ones, without advice."""
+    if record.reliabilities:
+        return tuple(Reliable(r.of, r.over, r.capability, r.value, r.have, r.needed) for r in record.reliabilities)
+    documents = min((cell.documents for cell in record.joint.values()), default=0)
+    return tuple(Reliable("sources", "documents", name, value, documents, None) for name, value in record.reliability.items())
 
 
 def _cell(cell: StoredCell) -> Cell:

@@ -15,12 +15,13 @@ from markupsafe import Markup
 from megatron_r1.report import figures
 from megatron_r1.report.figures import Figure
 from megatron_r1.report.graph import draw_arc
-from megatron_r1.report.records import Change, Evaluated, Influence, Result, Run, Source, Step, origin_parts
+from megatron_r1.report.records import Change, Evaluated, Influence, Reliable, Result, Run, Source, Step, origin_parts
 from megatron_r1.report.text import count, duration, percent, plural, signed, significant, size
 from megatron_r1.report.verdicts import Pair, Verdict, equal_budget_pairs, is_control
 
 TEMPLATES = Path(__file__).parent / "templates"
 OBJECTIVES = {"next_token": "next token", "distill": "distillation", "sft": "fine-tuning"}
+RELIABLE = 0.9
 DOMAIN_ORDER = ("code", "math", "maths", "knowledge", "science", "web", "chat", "noise")
 
 
@@ -55,7 +56,7 @@ def draw_all(run: Run, points: int) -> Drawn:
     return Drawn(
         influence={i.step: figures.influence_map(i, source_order(run, i.cells), noise) for i in run.influences},
         validity={i.step: f for i in run.influences if (f := figures.validity_scatter(i)) is not None},
-        mixture={m.step: figures.mixture_bars(m, noise) for m in run.mixtures if m.method not in ("uniform", "natural")},
+        mixture={m.step: figures.mixture_bars(m, noise) for m in run.mixtures if m.method not in ("uniform", "natural") or m.rho or m.kept},
         probe_loss=[(pair, figures.probe_curves(pair, points)) for pair in equal_budget_pairs(run) if pair.capabilities],
         loss=[f for f in (figures.loss_curve(t, points) for t in run.trained) if f is not None],
         rankme=figures.rankme_curves(run.trained, points),
@@ -87,7 +88,7 @@ def render(run: Run, verdicts: Sequence[Verdict], drawn: Drawn, title: str, own:
     )
     environment.filters |= {
         "count": count, "size": size, "duration": duration, "percent": percent, "sig": significant, "plural": plural,
-        "figure": _figure,
+        "figure": _figure, "small": _small,
     }  # fmt: skip
     held = sum(v.status == "ok" for v in verdicts)
     tested = sum(v.status != "absent" for v in verdicts)
@@ -117,6 +118,12 @@ def render(run: Run, verdicts: Sequence[Verdict], drawn: Drawn, title: str, own:
     return re.sub(r"(?<=\d) (?=[%±])", "\N{NO-BREAK SPACE}", page)
 
 
+def _small(value: float) -> str:
+    """A number of any size with its sign: three digits, or a power of ten."""
+    text = f"{value:+.3g}"
+    return (text[1:] if float(text) == 0 else text).replace("-", "\N{MINUS SIGN}")
+
+
 def _figure(figure: Figure, wide: bool = False) -> Markup:
     """A figure with a spoken description; scrolls sideways on a narrow screen instead of shrinking to nothing."""
     klass = "figure wide" if wide else "figure"
@@ -137,7 +144,7 @@ def summary(run: Run) -> str:
         first = run.influences[0]
         parts.append(
             f"Gradient influence measured what their documents do for {_list(first.capabilities)}"
-            + (", and the scores became the training mixture." if any(m.method == "influence" for m in run.mixtures) else ".")
+            + (", and the scores became the training mixture." if any(m.follows_influence for m in run.mixtures) else ".")
         )
     student = [t for t in run.trained if not any(o.teacher == t.step for o in run.trained)]
     if student:
@@ -216,14 +223,28 @@ def heat_map(run: Run, influence: Influence) -> dict[str, Any]:
                 "ess": effective,
             }
         )
-    reliability = {k: v for k, v in influence.reliability.items() if v is not None}
     return {
         "influence": influence,
         "unit": unit,
         "scale": (influence.normalise, influence.preconditioner, influence.covers),
         "rows": rows,
-        "reliability": reliability,
+        "reliability": reliability_rows(influence.reliabilities),
     }
+
+
+UNITS = {"documents": "scored documents per source", "probe": "probe windows per capability"}
+
+
+def reliability_rows(found: Sequence[Reliable]) -> list[dict[str, Any]]:
+    """One line per ranking and side that was halved: the values by capability, and what the joint ranking would need."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for r in found:
+        row = rows.setdefault((r.of, r.over), {"of": r.of, "have": r.have, "units": UNITS[r.over], "values": {}, "needs": ""})
+        row["values"][r.capability] = r.value
+        if r.capability == "joint":
+            enough = r.value is not None and r.value >= RELIABLE
+            row["needs"] = "enough" if enough else f"about {r.needed:,}" if r.needed is not None else "cannot be foretold"
+    return [row for row in rows.values() if any(value is not None for value in row["values"].values())]
 
 
 def evaluation_table(evaluated: Sequence[Evaluated]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_r1.artifacts.mixture import Decision, KeptDocuments, Redundancy
+
 
 @dataclass(frozen=True)
 class Step:
@@ -108,10 +110,23 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Reliable:
+    """One reliability: ranking `of` sources or documents, halved `over` documents or the probe; `have` units of it."""
+
+    of: str
+    over: str
+    capability: str
+    value: float | None
+    have: int
+    needed: int | None
+
+
+@dataclass(frozen=True)
 class Influence:
     """One influence table: `cells[source][capability]` and, over all capabilities, `joint[source]`.
 
-    `checkpoints`: (optimizer step, weight). `reliability`: split-half, per capability and "joint".
+    `checkpoints`: (optimizer step, weight). `reliabilities`: rankings of sources and of documents by disjoint halves of
+    the documents and of the probe, with what a reliability of 0.9 would need.
     """
 
     step: str
@@ -124,7 +139,7 @@ class Influence:
     preconditioner: str
     confidence: float
     covers: tuple[str, ...]
-    reliability: Mapping[str, float | None]
+    reliabilities: tuple[Reliable, ...]
     validity: Mapping[str, Any] | None
     notes: tuple[str, ...]
 
@@ -145,11 +160,30 @@ class MixtureView:
     epochs: Mapping[str, float]
     floor: float
     confidence: float | None
+    covers: tuple[str, ...] = ()
+    rho: Mapping[str, float] = field(default_factory=dict)
+    rho_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    shrunk: Mapping[str, float] = field(default_factory=dict)
+    shrinkage: Mapping[str, float] = field(default_factory=dict)
+    kept_out: tuple[str, ...] = ()
+    origin: str | None = None
+    tau: float | None = None
+    effective_sources: float | None = None
+    divergence: float | None = None
+    redundancy: Redundancy | None = None
+    kept: KeptDocuments | None = None
+    decision: Decision | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def is_uniform(self) -> bool:
-        """True for the baseline that weighs every source alike."""
-        return self.method == "uniform"
+        """True for the baseline that weighs every source alike and leaves no document out."""
+        return self.method == "uniform" and self.kept is None
+
+    @property
+    def follows_influence(self) -> bool:
+        """True for weights that were made from influence scores."""
+        return self.method in ("influence", "kl")
 
 
 @dataclass(frozen=True)

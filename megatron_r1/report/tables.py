@@ -32,7 +32,7 @@ class Table:
 def tables(run: Run, verdicts: Sequence[Verdict]) -> list[Table]:
     """Every table that has at least one row."""
     found = [
-        _verdicts(verdicts), _corpora(run), _probes(run), _influence(run), _validity(run), _mixtures(run), _probe_loss(run), _metrics(run),
+        _verdicts(verdicts), _corpora(run), _probes(run), _influence(run), _reliability(run), _validity(run), _mixtures(run), _decisions(run), _kept(run), _probe_loss(run), _metrics(run),
         _evaluation(run), _artifacts(run),
     ]  # fmt: skip
     return [table for table in found if table.rows]
@@ -68,12 +68,17 @@ def _probes(run: Run) -> Table:
 
 def _influence(run: Run) -> Table:
     rows = (
-        (i.step, source, capability, cell.mean, cell.low, cell.high, cell.documents, cell.ess, cell.positive)
+        (i.step, source, capability, cell.mean, cell.low, cell.high, " + ".join(i.covers), cell.documents, cell.ess, cell.positive)
         for i in run.influences
         for source, row in i.cells.items()
         for capability, cell in [*row.items(), *([("joint", i.joint[source])] if source in i.joint else [])]
     )
-    return _table("influence", "step source capability mean low high documents effective_documents share_positive", rows)
+    return _table("influence", "step source capability mean low high interval_covers documents effective_documents share_positive", rows)
+
+
+def _reliability(run: Run) -> Table:
+    rows = ((i.step, r.of, r.over, r.capability, r.value, r.have, r.needed) for i in run.influences for r in i.reliabilities)
+    return _table("reliability", "step ranking_of halves_of capability reliability have needed_for_0.9", rows)
 
 
 def _validity(run: Run) -> Table:
@@ -88,11 +93,33 @@ def _validity(run: Run) -> Table:
 
 def _mixtures(run: Run) -> Table:
     rows = (
-        (m.step, m.method, source, weight, *((m.intervals or {}).get(source, (None, None))), m.natural.get(source), m.uniform.get(source), m.epochs.get(source), source in m.clipped)
+        (m.step, m.method, source, weight, *((m.intervals or {}).get(source, (None, None))), m.natural.get(source), m.uniform.get(source), m.epochs.get(source), source in m.clipped,
+         " + ".join(m.covers), m.rho.get(source), *m.rho_intervals.get(source, (None, None)), m.shrunk.get(source), m.shrinkage.get(source))
         for m in run.mixtures
         for source, weight in m.weights.items()
     )
-    return _table("mixtures", "step method source weight low high natural uniform epochs clipped", rows)
+    return _table("mixtures", "step method source weight low high natural uniform epochs clipped interval_covers rho rho_low rho_high rho_shrunk shrinkage", rows)
+
+
+def _decisions(run: Run) -> Table:
+    rows = (
+        (m.step, d.paper.stop, d.paper.positive, d.paper.median, d.paper.previous_median, d.statistical.stop, " ".join(d.statistical.helping),
+         min(d.statistical.p_values.values()), d.statistical.reference, d.statistical.gain_rate, d.statistical.path, d.statistical.gain, d.statistical.tolerance)
+        for m in run.mixtures
+        if (d := m.decision) is not None
+    )  # fmt: skip
+    columns = "step paper_stop share_positive median previous_median statistical_stop helping smallest_p reference gain_rate path gain tolerance"
+    return _table("decisions", columns, rows)
+
+
+def _kept(run: Run) -> Table:
+    rows = (
+        (m.step, m.kept.rule, m.kept.control, m.kept.unscored, source, m.kept.scored[source], m.kept.passed[source], count, m.kept.tokens[source])
+        for m in run.mixtures
+        if m.kept is not None
+        for source, count in m.kept.documents.items()
+    )
+    return _table("kept_documents", "step rule control unscored source scored passed documents tokens", rows)
 
 
 def _probe_loss(run: Run) -> Table:

@@ -63,6 +63,7 @@ def judge(run: Run, shuffled: str | None = None) -> tuple[Verdict, ...]:
         _ahead_in_weight(run),
         *_measured_again(run, shuffled),
         _beats_uniform(run),
+        *_beats_control(run),
         _sft_above_base(run),
         _control_at_chance(run),
         _parity(run),
@@ -164,7 +165,7 @@ def _ahead_in_weight(run: Run) -> Verdict:
 
 
 def _from_influence(mixture: MixtureView) -> bool:
-    return mixture.method == "influence"
+    return mixture.follows_influence
 
 
 def _on_uniform(run: Run, trained: Trained) -> bool:
@@ -210,6 +211,41 @@ def _beats_uniform(run: Run) -> Verdict:
             gaps.append(f"{capability} {a:.3f} against {b:.3f}")
     seeds = "One seed, so small gaps may be chance."
     return Verdict(key, claim, _status(good, bad), f"Final probe loss in nats per token: {_join(gaps)}. {seeds}")
+
+
+def control_pairs(run: Run) -> tuple[Pair, ...]:
+    """Training steps on documents that a rule kept, each with one on as many at random, from the same start."""
+    pairs = []
+    for tested in run.trained:
+        mixture = run.mixture(tested.mixture)
+        if mixture is None or mixture.kept is None or mixture.kept.control:
+            continue
+        for control in run.trained:
+            other = run.mixture(control.mixture)
+            alike = control.start == tested.start and control.teacher == tested.teacher and _same_model(run, tested, control)
+            if other is not None and other.kept is not None and other.kept.control and other.kept.rule == mixture.kept.rule and alike:
+                pairs.append(Pair(tested, control, mixture, _differences(run, tested, control)))
+    return tuple(pairs)
+
+
+def _beats_control(run: Run) -> tuple[Verdict, ...]:
+    """Choosing documents against merely having fewer; no line when no documents were left out."""
+    filtered = [m for m in run.mixtures if m.kept is not None and not m.kept.control]
+    if not filtered:
+        return ()
+    key = "beats_control"
+    claim = "At equal tokens the documents that the rule keeps end with a lower probe loss than as many at random"
+    pairs = [p for p in control_pairs(run) if p.capabilities and p.equal_tokens and not p.differences]
+    if not pairs:
+        return (Verdict(key, claim, "absent", f"{_join([m.step for m in filtered])} left documents out, and no training on a random part beside it."),)
+    good, bad, gaps = [], [], []
+    for pair in pairs:
+        for capability in pair.capabilities:
+            a, b = pair.tested.probe_curve(capability)[-1][1], pair.control.probe_curve(capability)[-1][1]
+            (good if a < b else bad).append(capability)
+            gaps.append(f"{capability} {a:.3f} against {b:.3f}")
+    seeds = "One seed, so small gaps may be chance."
+    return (Verdict(key, claim, _status(good, bad), f"Final probe loss in nats per token: {_join(gaps)}. {seeds}"),)
 
 
 @dataclass(frozen=True)

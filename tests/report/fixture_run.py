@@ -14,8 +14,8 @@ import pyarrow.parquet as parquet
 
 from megatron_r1.artifacts.base import Artifact, Workspace, open_workspace
 from megatron_r1.artifacts.checkpoint import CheckpointRecord, TrainManifest
-from megatron_r1.artifacts.influence import Cell, Direction, InfluenceRecord, ScoredCheckpoint, column
-from megatron_r1.artifacts.mixture import Mixture
+from megatron_r1.artifacts.influence import Cell, Direction, InfluenceRecord, Reliability, ScoredCheckpoint, column
+from megatron_r1.artifacts.mixture import Decision, KeptDocuments, Mixture, PaperStop, StatisticalStop
 from megatron_r1.artifacts.probe import CapabilityProbe, ProbeDocument, ProbeSet, SieveRecord
 from megatron_r1.model.config import ModelConfig
 from megatron_r1.report.config import ReportConfig, ReportInputs
@@ -43,6 +43,15 @@ def receipt(seed: int) -> dict[str, Any]:
     foretold = np.random.default_rng(seed).normal(0.001, 0.002, 12)
     measured = foretold + np.random.default_rng(seed + 9).normal(0, 0.0004, 12)
     return {"spearman": 0.93, "sign_agreement": 0.92, "predicted": foretold.tolist(), "measured": measured.tolist()}
+
+
+def reliable() -> list[Reliability]:
+    """Rankings of sources and documents, over documents and over the probe."""
+    found = [(of, over, c) for of, over in (("sources", "documents"), ("sources", "probe"), ("documents", "probe")) for c in (*CAPABILITIES, "joint")]
+    return [
+        Reliability(of=of, over=over, capability=c, halves=0.5, value=0.93 if over == "documents" else 0.667, have=48, needed=41 if over == "documents" else 216)
+        for of, over, c in found
+    ]  # fmt: skip
 
 
 class FixtureRun:
@@ -103,7 +112,7 @@ class FixtureRun:
             capabilities=list(CAPABILITIES), checkpoints=[ScoredCheckpoint(step=s, tokens=s * 8192, alpha=s / sum(steps)) for s in steps],
             preconditioner="adam", eps=1e-8, fd_epsilon=3e-4, score_unit="window", tokens_per_document=256, folds=1, probe_sha256="cd" * 32, normalise="rms",
             confidence=0.95, interval_covers=["scored documents"], directions={column(c, s): direction for c in CAPABILITIES for s in steps},
-            sources=rows, joint=joint, reliability={"code": 0.91, "math": 0.88, "knowledge": 0.93, "joint": 0.9},
+            sources=rows, joint=joint, reliability={"code": 0.91, "math": 0.88, "knowledge": 0.93, "joint": 0.9}, reliabilities=reliable(),
             validity={"batches": 12, "capabilities": {c: receipt(i) for i, c in enumerate(CAPABILITIES)}},
         )  # fmt: skip
         io.atomic_write_json(work.path / "influence.json", record.plain())
@@ -113,7 +122,7 @@ class FixtureRun:
             parquet.write_table(pa.table(table), work.path / "scores" / f"{source}.parquet")
         return self.seal(work)
 
-    def mixture(self, name: str, method: str, influence: str | None = None, noise: float = 0.0) -> Artifact:
+    def mixture(self, name: str, method: str, influence: str | None = None, noise: float = 0.0, **more: Any) -> Artifact:
         parents = {"shards": "corpus", **({"influence": influence} if influence else {})}
         work = self.open(name, "mixture", {"stage": "mixture", "method": method}, parents)
         uniform = {s: 1 / len(SOURCES) for s in SOURCES}
@@ -126,9 +135,27 @@ class FixtureRun:
             intervals={s: (0.8 * w, 1.25 * w) for s, w in weights.items()} if influence else None,
             clipped=["x_shuffled"] if influence else [], harmful=["x_shuffled"] if influence else [],
             epochs={s: 3.1 * w for s, w in weights.items()}, confidence=0.95 if influence else None,
+            interval_covers=["scored documents", "probe folds"] if influence else [], **more,
         )  # fmt: skip
         io.atomic_write_json(work.path / "mixture.json", mixture.plain())
         return self.seal(work)
+
+    def decision(self, stop: bool | None = False) -> Decision:
+        """What both stop rules would say, made up."""
+        paper = PaperStop(positive=0.62, positive_below=0.05, median=0.031, previous_median=0.045, collapse_below=0.1, stop=False)
+        statistical = StatisticalStop(
+            p_values={s: 0.2 if s == "x_minjs" else 0.001 for s in SOURCES}, lower={s: 0.1 for s in SOURCES}, helping=["champ", "stdlib"] if stop is False else [],
+            reference="previous", gain_rate=0.123, path=0.25, gain=0.03075, tolerance=0.001, stop=stop,
+        )  # fmt: skip
+        return Decision(paper=paper, statistical=statistical, follows="the paper's rule says go on; the statistical rule says something")
+
+    def kept(self, control: bool) -> KeptDocuments:
+        """A filter that half of the scored documents passed, or its random control."""
+        half = dict.fromkeys(SOURCES, 24)
+        return KeptDocuments(
+            rule="confident", control=control, unscored="drop", scored=dict.fromkeys(SOURCES, 48), passed=half, documents=half,
+            tokens={s: 5000 + control for s in SOURCES},
+        )  # fmt: skip
 
     def train(
         self, name: str, mixture: str | None = None, checkpoint: str | None = None, teacher: str | None = None, objective: str = "next_token",
