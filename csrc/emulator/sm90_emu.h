@@ -52,6 +52,12 @@ struct Block {
   std::map<unsigned, WarpProducts> warps;
   std::map<unsigned, std::vector<std::pair<uint64_t, uint64_t>>> descriptors;  // of each warpgroup, in order of issue
   std::map<unsigned, std::pair<uint64_t, std::vector<void*>>> stores;          // of each thread, not yet fenced
+  struct Copy {
+    void* to;
+    const void* from;  // null: zeros
+    size_t bytes;
+  };
+  std::map<unsigned, std::pair<uint64_t, std::vector<Copy>>> copies;  // of each thread, not yet waited for
 };
 inline Block& block() {
   static Block b;
@@ -206,6 +212,29 @@ inline void store_zero_16(void* shared) {
 inline void fence_proxy_async() {
   auto& [ticket, places] = mr1_emu::sm90::block().stores[mr1_emu::thread()];
   if (!places.empty()) mr1_emu::async_finish(ticket);
+}
+
+template <int Bytes>
+void copy_async(void* shared, const void* global, bool zeros) {
+  static_assert(Bytes == 4 || Bytes == 8);
+  if (reinterpret_cast<uintptr_t>(shared) % Bytes || (!zeros && reinterpret_cast<uintptr_t>(global) % Bytes)) mr1_emu::fail("copy_async: not aligned to %d bytes", Bytes);
+  mr1_emu::sm90::address(shared);
+  auto& [ticket, copies] = mr1_emu::sm90::block().copies[mr1_emu::thread()];
+  if (copies.empty()) {
+    auto* const list = &copies;
+    ticket = mr1_emu::async("copy by a thread (no copy_wait followed)", [list] {
+      for (const auto& c : *list) {
+        if (c.from) std::memcpy(c.to, c.from, c.bytes);
+        else std::memset(c.to, 0, c.bytes);
+      }
+      list->clear();
+    });
+  }
+  copies.push_back({shared, zeros ? nullptr : global, Bytes});
+}
+inline void copy_wait() {
+  auto& [ticket, copies] = mr1_emu::sm90::block().copies[mr1_emu::thread()];
+  if (ticket) mr1_emu::async_finish(ticket);
 }
 
 template <int R>

@@ -8,9 +8,13 @@
 // layout wgmma reads as "MN-major". A ring of four stages (64 tokens of both operands, 32 KB) is filled by one thread
 // and used by two warpgroups of 64 x 128 each. Per thread: 64 accumulators of the current document, 64 of the total.
 //
-// A document starts at any token. Its boxes start at its own first token; tokens of the next document that its last box holds are
-// either not multiplied (whole steps of 16) or overwritten with zeros in shared memory. Both operands are zeroed: 0 * NaN is
-// NaN, and a neighbour's NaN must not leak.
+// A document starts at any token. Its boxes start at its own first token; what its last box holds of the next document is
+// overwritten with zeros in shared memory. In both operands: 0 * NaN is NaN, and a neighbour's NaN must not leak. (The zeros
+// are multiplied too, 32 tokens' worth in the mean of a document. Leaving out steps of 16 needs branches around wgmma, and then ptxas runs
+// every product of the kernel on its own, warning C7515.)
+//
+// A thread multiplies its accumulators with its own elements of the probes only, so each thread brings those to its own places in shared
+// memory, in the order of its accumulators: no barrier, no bank conflict.
 //
 // Which unit a block does next is fixed by its number alone, and so are the order and the place of every sum: the same bits every
 // time, whatever the GPU does first. Units go through the grid in the order of their numbers: tiles that run side by side share
@@ -143,18 +147,25 @@ __device__ __forceinline__ int document_at(const int32_t* cu, int documents, int
   return low;
 }
 
-// 16 bytes of a probe's tile in the order of a thread's accumulators: for 16-bit elements accumulators 8 v to 8 v + 7, for 32-bit ones
-// 4 v to 4 v + 3. Two neighbours of a row are read at a time; what lies outside the matrix is 0.
+// A thread's own part of a probe's tile: `vectors` times 16 bytes in the order of its accumulators, that is 8 v to 8 v + 7 in vector v for
+// 16-bit elements and 4 v to 4 v + 3 for 32-bit ones. Two neighbours of a row are one access. What lies outside the matrix is 0.
 template <class G>
-__device__ __forceinline__ uint4 gather_probe(const WgradPlan& plan, const G* g, int64_t stride, int row, int column, int v) {
-  constexpr int pairs = 8 / sizeof(G);
-  unsigned words[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int p = 0; p < pairs; ++p) {
+struct ProbePart {
+  static constexpr int width = 16 / sizeof(G), vectors = 64 / width, pairs = width / 2;
+
+  // The place of pair p of vector v; null outside.
+  static __device__ __forceinline__ const G* place(const WgradPlan& plan, const G* g, int64_t stride, int row, int column, int v, int p) {
     const int i = (v * pairs + p) * 2;  // accumulator
     const int r = row + (i / 2 % 2) * 8, c = column + i / 4 * 8;
-    if (r < plan.rows && c < plan.columns) {
-      const G* const at = g + r * stride + c;
+    return r < plan.rows && c < plan.columns ? g + r * stride + c : nullptr;
+  }
+
+  static __device__ __forceinline__ uint4 read(const WgradPlan& plan, const G* g, int64_t stride, int row, int column, int v) {
+    unsigned words[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int p = 0; p < pairs; ++p) {
+      const G* const at = place(plan, g, stride, row, column, v, p);
+      if (at == nullptr) continue;
       if constexpr (sizeof(G) == 2) {
         words[p] = __ldg(reinterpret_cast<const unsigned*>(at));
       } else {
@@ -162,9 +173,21 @@ __device__ __forceinline__ uint4 gather_probe(const WgradPlan& plan, const G* g,
         words[2 * p] = both.x, words[2 * p + 1] = both.y;
       }
     }
+    return make_uint4(words[0], words[1], words[2], words[3]);
   }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
+
+  // All vectors to `to`, kConsumerThreads apart, on their own until copy_wait.
+  static __device__ __forceinline__ void copy(const WgradPlan& plan, const G* g, int64_t stride, int row, int column, uint4* to) {
+#pragma unroll
+    for (int v = 0; v < vectors; ++v) {
+#pragma unroll
+      for (int p = 0; p < pairs; ++p) {
+        const G* const at = place(plan, g, stride, row, column, v, p);
+        sm90::copy_async<2 * sizeof(G)>(reinterpret_cast<G*>(to + v * kConsumerThreads) + 2 * p, at == nullptr ? g : at, at == nullptr);
+      }
+    }
+  }
+};
 
 constexpr uint32_t kStageStep = kStageBytes >> 4, kTokensStep = (16 * 128) >> 4;  // a stage, 16 tokens: in a descriptor's 16-byte units
 
@@ -186,10 +209,9 @@ __global__ void __launch_bounds__(kWgradThreads, 1)
 #if MR1_HAS_SM90A
   MR1_DYNAMIC_SHARED(unsigned char, shared);
   unsigned char* const ring = shared;
-  // Each thread's own elements of the probes, [K][vector][thread]: written and read by the same thread, so no barrier; 16 bytes
-  // side by side over a warp, so no bank conflict.
+  // Each thread's own elements of the probes: [K][vector][thread].
   uint4* const probes = reinterpret_cast<uint4*>(shared + kRingBytes);
-  constexpr int vectors = 64 * sizeof(G) / 16;
+  constexpr int vectors = ProbePart<G>::vectors;
   uint64_t* const full = reinterpret_cast<uint64_t*>(shared + kRingBytes + (Resident ? plan.probes * vectors * kConsumerThreads * 16 : 0));
   uint64_t* const empty = full + kStages;
 
@@ -249,12 +271,9 @@ __global__ void __launch_bounds__(kWgradThreads, 1)
       const bool edge = unit.m + kTile > plan.rows || unit.n + kTile > plan.columns;
       const G* const g = static_cast<const G*>(at.g);
       if constexpr (Resident) {
-        for (int k = 0; k < plan.probes; ++k) {
-#pragma unroll
-          for (int v = 0; v < vectors; ++v)
-            probes[(k * vectors + v) * kConsumerThreads + threadIdx.x] =
-                gather_probe<G>(plan, g + k * at.g_probe_stride, at.g_stride, row, column, v);
-        }
+        // Not waited for here: the first product runs meanwhile.
+        for (int k = 0; k < plan.probes; ++k)
+          ProbePart<G>::copy(plan, g + k * at.g_probe_stride, at.g_stride, row, column, probes + k * vectors * kConsumerThreads + threadIdx.x);
       }
 #pragma unroll
       for (int i = 0; i < 64; ++i) total[i] = 0;
@@ -292,14 +311,15 @@ __global__ void __launch_bounds__(kWgradThreads, 1)
           for (int i = 0; i < 64; ++i)
             if (row + (i / 2 % 2) * 8 >= plan.rows || column + i / 4 * 8 >= plan.columns) document[i] = 0;
         }
+        if constexpr (Resident) sm90::copy_wait();
         for (int k = 0; k < plan.probes; ++k) {
           float sum[4] = {0, 0, 0, 0};
 #pragma unroll
           for (int v = 0; v < vectors; ++v) {
             uint4 raw;
             if constexpr (Resident) raw = probes[(k * vectors + v) * kConsumerThreads + threadIdx.x];
-            else raw = gather_probe<G>(plan, g + k * at.g_probe_stride, at.g_stride, row, column, v);
-            constexpr int width = 16 / sizeof(G);
+            else raw = ProbePart<G>::read(plan, g + k * at.g_probe_stride, at.g_stride, row, column, v);
+            constexpr int width = ProbePart<G>::width;
             G element[width];
             memcpy(element, &raw, sizeof raw);
 #pragma unroll
@@ -314,6 +334,7 @@ __global__ void __launch_bounds__(kWgradThreads, 1)
 #pragma unroll
         for (int i = 0; i < 64; ++i) total[i] += document[i];
       }
+      if constexpr (Resident) sm90::copy_wait();  // a unit without tokens: the next one's copies go to the same places
 
       if (at.main_grad != nullptr && unit.begin < unit.end) {
         if (unit.part == 0) {

@@ -238,6 +238,7 @@ MUTANTS: dict[str, tuple[str, str, Case]] = {
     "the total is overwritten": ("total[i] += document[i];", "total[i] = document[i];", TAILS),
     "a document starts from the one before": ("kStageStep, t != from);", "kStageStep, true);", TAILS),
     "the ring's phase never flips": ("stage = 0, phase ^= 1;\n          }\n        }\n      }", "stage = 0;\n          }\n        }\n      }", LONG),
+    "probes are used before they have come": ("sm90::copy_wait();\n        for (int k", "\n        for (int k", TAILS),
     "parts after the first are forgotten": ("for (int part = 1;", "for (int part = 2;", CUT),
     "a document across two parts counts once": ("((to - 1) / plan.part_tokens + 1)", "(from / plan.part_tokens + 1)", CUT),
 }

@@ -117,6 +117,16 @@ __device__ __forceinline__ void store_zero_16(void* shared) { *static_cast<uint4
 // This thread's stores to shared memory, before anything the async proxy does after the next barrier.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// --- copies by single threads ("cp.async", also on older GPUs) -----------------------------------------------------------------------
+
+// Copies Bytes (4 or 8, both addresses aligned to them) from global to shared memory, or writes zeros there, while the thread goes on.
+template <int Bytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool zeros) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(Bytes), "r"(zeros ? 0 : Bytes) : "memory");
+}
+// This thread's copies have ended, and this thread (not yet others) may read them.
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // --- wgmma ("Asynchronous Warpgroup Level Matrix Instructions") -------------------------------------------------------------------
 
 // An empty statement for each: the compiler has the accumulators in their registers here, and moves no use of them across.
