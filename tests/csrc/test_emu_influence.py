@@ -13,6 +13,7 @@ from pathlib import Path
 import emulator
 import numpy as np
 import pytest
+import test_machine_code as machine_code
 import torch
 from torch import Tensor
 
@@ -298,3 +299,13 @@ def test_row_dot(exe: Path, lengths: tuple[int, ...], width: int, stride: int, x
     untouched = torch.ones(n * stride, dtype=torch.bool)
     untouched[::stride] = False
     assert (found[untouched] == 7).all()
+
+
+def test_products_are_not_run_one_by_one() -> None:
+    """ptxas may wait after every wgmma (its warnings C7510, C7515) when it sees accumulators touched in between: correct, and slow."""
+    kernels = [k for k in machine_code.room("influence") if "wgrad_dot_kernel" in k.name and k.architecture == machine_code.SM90]
+    assert kernels
+    for kernel in kernels:
+        order = [code.split(".")[0 if code.startswith("HGMMA") else 1] for code in kernel.opcodes if code.startswith(("HGMMA", "WARPGROUP"))]
+        # One fence, the four products of a stage, the wait for the stage before, the wait at the document's end.
+        assert order == ["ARRIVE", *["HGMMA"] * 4, "DEPBAR", "DEPBAR"], kernel.name
