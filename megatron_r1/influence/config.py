@@ -153,10 +153,11 @@ class InfluenceConfig(StageConfig):
 
 def describe(config: InfluenceConfig) -> str:
     """Return one line that says what this step would do."""
+    folds = f", {config.probe_folds} probe folds" if config.probe_folds > 1 else ""
     which = "every source" if config.sources is None else f"{len(config.sources)} sources"
     return (
         f"score {config.documents} documents of {which}, up to {config.tokens_per_document} tokens each, at "
         f"{config.checkpoints} "
-        f"checkpoint{'' if config.checkpoints == 1 else 's'} (preconditioner {config.preconditioner}, finite "
+        f"checkpoint{'' if config.checkpoints == 1 else 's'} (preconditioner {config.preconditioner}{folds}, finite "
         "differences in fp32)"
     )

@@ -100,8 +100,9 @@ class StopConfig(Frozen):
     path: float | None = Field(
         default=None,
         gt=0,
-        description="learning rate summed over the updates the mixture is meant for (mean rate times updates): turns the "
-        "first-order gain into nats. Without it the statistical rule cannot say stop, only go on",
+        description="learning rate summed over the updates the gain is reckoned for (mean rate times updates): turns the "
+        "first-order gain into nats. The gain is linear in it, so over a whole phase it is much too large, which errs "
+        "towards going on. Without a path the statistical rule cannot say stop",
     )
     tolerance: float = Field(
         default=0.001,
