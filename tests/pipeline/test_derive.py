@@ -178,6 +178,39 @@ def test_influence_cost(plans: dict[str, StepPlan]) -> None:
     assert plan.tokens == 2 * 20 * 32
 
 
+def test_influence_cost_with_folds_on_a_part_of_the_documents(tmp_path: Path) -> None:
+    path = tmp_path / "folds.yaml"
+    path.write_text(RECIPE, "utf-8")
+    recipe = load_recipe(path, ["steps.influence.probe_folds=4", "steps.influence.fold_documents=5"])
+    plan = next(plan for plan in derive(recipe) if plan.step == "influence")
+    gradients = 3 * 2 * 10
+    scoring = 2 * 2 * (4 * 2 * 5 + 2 * 15)  # 5 documents of each source along 4 folds, 15 along the whole probe
+    curvature = 4 * (2 * 4) * 5
+    receipt = 3 * (3 * 4 + 2 * 10) + 2 * 10
+    assert plan.flops == 2 * (gradients + scoring + curvature + receipt) * nano_forward(32)
+
+
+def test_shares_of_every_method(tmp_path: Path) -> None:
+    path = tmp_path / "methods.yaml"
+    path.write_text(RECIPE + """
+  tilted:
+    stage: mixture
+    inputs: {shards: corpus, influence: influence}
+    method: kl
+    kl: {tau: 1}
+  printed:
+    stage: mixture
+    inputs: {shards: corpus}
+    method: published
+    table: mobilellm_r1_pretrain1
+""", "utf-8")  # fmt: skip
+    found = {plan.step: plan for plan in derive(load_recipe(path))}
+    assert found["tilted"].sources == {}
+    assert any("influence influence will measure" in note for note in found["tilted"].notes)
+    assert sum(source.share for source in found["printed"].sources.values()) == pytest.approx(1)
+    assert found["printed"].sources["wiki"].share == pytest.approx(5.03 / 100.01)
+
+
 def test_bytes_of_shards_and_export(plans: dict[str, StepPlan]) -> None:
     assert plans["corpus"].sizes == {"shards": 5_000_000 * 2}  # held-out text included; a vocabulary of 512 fits 2 bytes
     assert plans["export"].sizes == {"weights": NANO * 2}
