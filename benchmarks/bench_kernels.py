@@ -144,9 +144,9 @@ def main() -> int:
         write_docs()
         return 0
     if not options.no_build:
-        from tools.build_csrc import build
+        from tools.build_csrc import LIBRARY, build
 
-        build(ROOT / "megatron_r1" / "_kernels.so")
+        build(LIBRARY)
     rows = bench(options)
     if not options.no_store:
         RESULTS.parent.mkdir(exist_ok=True)

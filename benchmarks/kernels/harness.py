@@ -99,7 +99,8 @@ def measure_floors(device: str) -> Floors:
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """|got - want| / |want| in fp64; NaN counts as infinite."""
-    error = float((got.double().cpu() - want.double().cpu()).norm() / want.double().cpu().norm().clamp_min(1e-300))
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    error = float((got - want).norm() / want.norm().clamp_min(1e-300))
     return error if error == error else float("inf")
 
 
