@@ -1,6 +1,6 @@
 """The package. Everything that is data stands in setup() below; pyproject.toml names the build tools.
 
-The compiled library `megatron_r1/_kernels.so` is made by tools/build_csrc.py where torch and a C++ compiler are, which with pip
+The compiled library `megatron_r1/lib/kernels.so` is made by tools/build_csrc.py where torch and a C++ compiler are, which with pip
 means `--no-build-isolation`; elsewhere one line says why not and the package is pure Python, whose operations are plain torch.
 MEGATRON_R1_BUILD_EXT=1 makes that an error, =0 skips on purpose; MEGATRON_R1_BUILD_CUDA=1 requires nvcc, =0 does without.
 """
@@ -59,9 +59,9 @@ def kernels_skipped() -> str | None:
 
 
 class BuildKernels(Command):
-    """A part of `build`: compiles csrc/ into megatron_r1/_kernels.so, in an editable installation beside the sources."""
+    """A part of `build`: compiles csrc/ into megatron_r1/lib/kernels.so, in an editable installation beside the sources."""
 
-    description = "compile csrc/ into megatron_r1/_kernels.so"
+    description = "compile csrc/ into megatron_r1/lib/kernels.so"
     user_options = []
     editable_mode = False
 
@@ -72,7 +72,7 @@ class BuildKernels(Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def _target(self) -> Path:
-        return csrc.LIBRARY if self.editable_mode else Path(self.build_lib) / "megatron_r1" / csrc.LIBRARY.name
+        return csrc.LIBRARY if self.editable_mode else Path(self.build_lib) / csrc.LIBRARY.relative_to(ROOT)
 
     def run(self) -> None:
         reason = kernels_skipped()

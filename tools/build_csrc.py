@@ -1,6 +1,6 @@
 """Build csrc/ with g++ (and nvcc when present): no setuptools, no ninja, no torch build helpers.
 
-    python tools/build_csrc.py                        megatron_r1/_kernels.so, CUDA when nvcc is found
+    python tools/build_csrc.py                        megatron_r1/lib/kernels.so, CUDA when nvcc is found
     python tools/build_csrc.py --cuda off --out x.so  C++ only
     python tools/build_csrc.py --only qk_norm_rope    one room (for development)
     python tools/build_csrc.py --optional             where a tool is absent, say so and succeed (setup_env.sh)
@@ -37,7 +37,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-LIBRARY = ROOT / "megatron_r1" / "_kernels.so"
+LIBRARY = ROOT / "megatron_r1" / "lib" / "kernels.so"
 OBJECTS = ROOT / "build" / "csrc"
 ROOMS = ("qk_norm_rope", "influence", "row_loss")
 EXT_VARIABLE, CUDA_VARIABLE = "MEGATRON_R1_BUILD_EXT", "MEGATRON_R1_BUILD_CUDA"

@@ -358,6 +358,11 @@ def qknorm_attention(
         check_boundaries(cu_seqlens, qkv.shape[1], max_seqlen)
     if context is not None and not 0 <= context.rank < context.size:
         raise DataError(expected=f"context: a rank from 0 to {context.size - 1}", found=str(context.rank), fix="correct it")
+    if context is not None and torch.compiler.is_compiling():
+        # A graph's node has no process group, and a call that silently attended to its own piece would be wrong.
+        raise DataError(
+            expected="context: None inside a compiled graph", found="a piece of cut sequences", fix="call it under torch.compiler.disable",
+        )  # fmt: skip
     heads = qkv.shape[-1] // head_dim - 2 * num_kv_heads if num_heads is None else num_heads
     call = Call(heads, num_kv_heads, head_dim, float(rope_theta), norm, float(eps), interleaved, grouped, parity, max_seqlen, core, "analytic")
     documents = segment_ids if cu_seqlens is None else cu_seqlens

@@ -1,4 +1,4 @@
-"""The compiled library `megatron_r1/_kernels.so` (made from csrc/): loaded at first use, and why it is not there when it is not.
+"""The compiled library `megatron_r1/lib/kernels.so` (made from csrc/): loaded at first use, and why it is not there when it is not.
 
 Environment: MEGATRON_R1_KERNELS another file in place of the installed one (development).
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 KERNELS_VARIABLE = "MEGATRON_R1_KERNELS"
-INSTALLED = Path(__file__).parent.parent / "_kernels.so"
+# In a folder that is no package: it has no Python symbols, and tools that import every module of a package must not find it.
+INSTALLED = Path(__file__).parent.parent / "lib" / "kernels.so"
 
 
 def path() -> Path:

@@ -43,7 +43,7 @@ def toolchain():  # skips where nothing can be compiled
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All rooms."""
     toolchain()
-    return csrc.build(tmp_path_factory.mktemp("library") / "_kernels.so", "auto", jobs=1)
+    return csrc.build(tmp_path_factory.mktemp("library") / "kernels.so", "auto", jobs=1)
 
 
 def output(*command: str | Path, **options) -> str:
@@ -197,9 +197,9 @@ def test_wheel_with_the_library_serves_every_python(project: Path, tmp_path: Pat
     wheel = only_file(tmp_path)
     assert re.fullmatch(r"megatron_r1-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
-    assert "megatron_r1/_kernels.so" in names
+    assert "megatron_r1/lib/kernels.so" in names
     assert not [name for name in names if name.split("/")[0] not in ("megatron_r1",) and ".dist-info/" not in name], "the package alone"
-    assert not (project / "megatron_r1" / "_kernels.so").exists(), "building a wheel leaves the sources as they are"
+    assert not (project / "megatron_r1" / "lib" / "kernels.so").exists(), "building a wheel leaves the sources as they are"
 
 
 @pytest.mark.parametrize("how", ["skipped", "no compiler"])
@@ -240,7 +240,7 @@ def test_broken_code_is_no_reason_to_skip(project: Path, tmp_path: Path) -> None
 
 def test_editable_puts_the_library_beside_the_sources(project: Path, tmp_path: Path) -> None:
     toolchain()
-    library = project / "megatron_r1" / "_kernels.so"
+    library = project / "megatron_r1" / "lib" / "kernels.so"
     try:
         done = setup(project, "editable_wheel", "-d", str(tmp_path))
         assert done.returncode == 0, done.stderr
@@ -262,4 +262,4 @@ def test_sdist_can_build_what_it_carries(project: Path, tmp_path: Path) -> None:
     assert not list(unpacked.rglob("*.so"))
     done = setup(unpacked, "bdist_wheel", "-d", str(tmp_path / "wheel"), **{csrc.EXT_VARIABLE: "1"})
     assert done.returncode == 0, done.stderr
-    assert "megatron_r1/_kernels.so" in zipfile.ZipFile(only_file(tmp_path / "wheel")).namelist()
+    assert "megatron_r1/lib/kernels.so" in zipfile.ZipFile(only_file(tmp_path / "wheel")).namelist()

@@ -111,7 +111,7 @@ def test_a_missing_library_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_library_older_than_its_sources_is_told(tmp_path: Path) -> None:
-    old = tmp_path / "_kernels.so"
+    old = tmp_path / "kernels.so"
     old.write_bytes(b"cuda=none;torch=2.13;sources=0123456789abcdef;rooms=a\0")
     assert "OLDER" in str(doctor._stale(old))
 

@@ -490,6 +490,33 @@ def test_the_nodes_of_a_compiled_graph() -> None:
             torch.library.opcheck(backward, (torch.ones_like(out), *given, out, lse, *call), test_utils=checks)
 
 
+class Alone:
+    """A context piece of one process: everything."""
+
+    rank, size = 0, 1
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    scatter_sum = gather
+
+
+def test_a_cut_sequence_is_no_part_of_a_graph() -> None:
+    """A graph's node has no process group: refused, with a way out that works."""
+    torch._dynamo.reset()
+    qkv = make(7, 2, 4, 2, 8).detach()
+
+    def step(x: Tensor) -> Tensor:
+        return run(x * 1.5, 2, 8, context=Alone()) * 2
+
+    with pytest.raises(DataError, match="inside a compiled graph"):
+        torch.compile(step, backend="eager")(qkv)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="raise DataError"):  # torch shows the line in place of the message
+        torch.compile(step, fullgraph=True, backend="eager")(qkv)
+    outside = torch.compiler.disable(step)
+    assert torch.equal(torch.compile(lambda x: outside(x) + 1, backend="eager")(qkv), step(qkv) + 1)
+
+
 # ---------------------------------------------------------------- what is refused
 
 ROW = make(6, 1, 2, 1, 4).detach()
