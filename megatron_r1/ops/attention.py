@@ -337,7 +337,7 @@ def qknorm_attention(
     (`max_seqlen`, if given, must not be below the longest). None of them is plain causal attention. What they say is read once
     per tensor and kept with it; on a GPU that first reading waits for the device.
     positions int64 [s] or [s, b]; by default the place in the whole sequence.
-    context: this process's piece of sequences cut over processes; s is then the tokens here.
+    context: this process's piece of sequences cut over processes; s is then the tokens here. Breaks a graph of torch.compile.
     Returns [s, b, nq*h], contiguous. Differentiable once, with respect to qkv and the gains.
     `implementation`: see `ops.dispatch.Op.choose`; `core`: see `ops.attention_cores.choose`.
     Raises DataError naming the argument, EnvironmentProblem for an implementation or core that can not run here.
@@ -358,12 +358,13 @@ def qknorm_attention(
         check_boundaries(cu_seqlens, qkv.shape[1], max_seqlen)
     if context is not None and not 0 <= context.rank < context.size:
         raise DataError(expected=f"context: a rank from 0 to {context.size - 1}", found=str(context.rank), fix="correct it")
-    if context is not None and torch.compiler.is_compiling():
-        # A graph's node has no process group, and a call that silently attended to its own piece would be wrong.
-        raise DataError(
-            expected="context: None inside a compiled graph", found="a piece of cut sequences", fix="call it under torch.compiler.disable",
-        )  # fmt: skip
     heads = qkv.shape[-1] // head_dim - 2 * num_kv_heads if num_heads is None else num_heads
     call = Call(heads, num_kv_heads, head_dim, float(rope_theta), norm, float(eps), interleaved, grouped, parity, max_seqlen, core, "analytic")
     documents = segment_ids if cu_seqlens is None else cu_seqlens
-    return ATTENTION(qkv, q_weight, k_weight, documents, positions, call, context, implementation=implementation)
+    attend = ATTENTION if context is None else _outside_of_graphs
+    return attend(qkv, q_weight, k_weight, documents, positions, call, context, implementation=implementation)
+
+
+@torch.compiler.disable(reason="a node of a graph has no process group: attention over cut sequences (context=...) runs outside of compiled graphs")
+def _outside_of_graphs(*arguments: Any, implementation: str | None) -> Tensor:
+    return ATTENTION(*arguments, implementation=implementation)
