@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -43,7 +44,7 @@ def commands(text: str) -> Iterator[list[str]]:
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        while words and re.match(r"^[A-Z_]+=", words[0]):
+        while words and re.match(r"^[A-Z][A-Z0-9_]*=", words[0]):
             words.pop(0)
         if words:
             yield words
@@ -294,6 +295,16 @@ def test_import_table_equals_the_enforced_one() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     rows = re.findall(r"^\| L(\d) [^|]*\| ([^|]*)\|", page, re.MULTILINE)
     assert {name: int(layer) for layer, names in rows for name in re.findall(r"`(\w+)`", names)} == enforced
+
+
+def test_the_table_of_kernels_is_that_of_the_stored_rows() -> None:
+    """A figure comes from a command: the table is what `python benchmarks/bench_kernels.py --write-docs` makes of the results."""
+    spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "benchmarks" / "bench_kernels.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    rows = [json.loads(line) for line in bench.RESULTS.read_text("utf-8").splitlines()]
+    assert bench.table(rows).strip() in bench.DOCS.read_text("utf-8")
+    assert not bench.table([]).count("|"), "without rows nothing is claimed"
 
 
 # ------------------------------------------------------------------------------------------------ field tables

@@ -6,17 +6,17 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from megatron_r1.ops.influence import grad_dot, wgrad_dot
 from torch import Tensor
 
 from kernels.harness import Case, relative_error
+from megatron_r1.ops.influence import grad_dot, wgrad_dot
 
 ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     """One linear layer of 1536 x 1536: long, short and ragged documents, one and four probes."""
-    shapes = [([1024] * 4, 1), ([1024] * 4, 4), ([256] * 16, 1), ([37, 911, 1500, 3, 845, 800], 1)]
+    shapes = [([1024] * 4, 1), ([1024] * 4, 4), ([256] * 16, 1), ([37, 911, 1500, 3, 845, 800], 1), ([64] * 64, 1), ([64] * 64, 4), ([16] * 256, 1)]
     if device == "cuda":
         shapes += [([2048] * 16, 1), ([2048] * 16, 4), ([8192] * 4, 1), ([32768], 1)]
     for lengths, probes in shapes[:1] if quick else shapes:
@@ -24,6 +24,11 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
             yield _case(device, lengths, probes, dtype)
     if device == "cuda" and not quick:
         yield from (_layer_step(device, tokens) for tokens in (2048, 8192, 32768))
+
+
+def _ours(device: str) -> str:
+    """On a GPU the one-pass kernel; where it does not pass its self-check there is nothing to measure, and the error says so."""
+    return "fused" if device == "cuda" else "csrc"
 
 
 def _lengths(lengths: list[int]) -> str:
@@ -40,7 +45,7 @@ def _case(device: str, lengths: list[int], probes: int, dtype: torch.dtype, din:
     plain_out = torch.empty(dout, din, dtype=dtype, device=device)
 
     def fused() -> Tensor:
-        return wgrad_dot(a, b, g, cu, main_grad, implementation="csrc")
+        return wgrad_dot(a, b, g, cu, main_grad, implementation=_ours(device))
 
     def rows() -> Tensor:
         main_grad.add_(torch.mm(b.t(), a))
@@ -72,7 +77,8 @@ def _case(device: str, lengths: list[int], probes: int, dtype: torch.dtype, din:
         op=f"wgrad_dot K={probes}", shape=f"{_lengths(lengths)} tokens, {dout} x {din}", dtype=dtype,
         contestants={**ways, "product alone": lambda: torch.mm(b.t(), a, out=plain_out)},
         check=check, flops=2.0 * tokens * din * dout, floor_contestant="product alone",
-        target={1: "<= 1.3x product", 4: "<= 1.6x product"}.get(probes, "") if device == "cpu" else "",
+        # The goals are of documents as they are scored, not of snippets.
+        target={1: "<= 1.3x product", 4: "<= 1.6x product"}.get(probes, "") if device == "cpu" and tokens / len(lengths) >= 256 else "",
     )  # fmt: skip
 
 
@@ -94,7 +100,7 @@ def _layer_step(device: str, tokens: int) -> Case:
             torch.mm(a, w.t())
             torch.mm(b, w)
             if influence:
-                scores.append(wgrad_dot(a, b, g, cu, main_grad, implementation="csrc"))
+                scores.append(wgrad_dot(a, b, g, cu, main_grad, implementation=_ours(device)))
             else:
                 main_grad.add_(torch.mm(b.t(), a))
         return scores
