@@ -21,6 +21,7 @@ from megatron_r1.model.load import load_model
 from megatron_r1.parallel import checkpoint
 from megatron_r1.parallel.config import LayoutConfig
 from megatron_r1.parallel.optimizer import adam_step, local_states
+from megatron_r1.parallel.pickle_guard import guarded_load
 from megatron_r1.utils.errors import CheckpointError, EnvironmentProblem
 from megatron_r1.utils.io import sha256_file
 
@@ -285,6 +286,31 @@ def test_code_in_the_index_is_not_run(kind: type[Evil], protocol: int, copy: Pat
     if kind is Evil:
         pickle.loads(index.read_bytes())
         assert (tmp_path / "owned").exists(), "the trap must be a real one"
+
+
+class Member:
+    """A member of an enumeration as Python 3.11.0 to 3.11.3 write it, or something else that getattr can get."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> Any:
+        return (getattr, (self.owner, self.name))
+
+
+def test_members_of_enumerations_are_all_that_getattr_gets(copy: Path) -> None:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorProperties
+
+    index = copy / "weights" / ".metadata"
+    metadata = pickle.loads(index.read_bytes())
+    for owner, name in ((_MEM_FORMAT_ENCODING, "__reduce_ex__"), (_MEM_FORMAT_ENCODING, "mro"), (TensorProperties, "__init__"), (_MEM_FORMAT_ENCODING, "NONE")):
+        metadata.planner_data = Member(owner, name)
+        index.write_bytes(pickle.dumps(metadata))
+        resign(copy)
+        assert "do not load" in refused(copy, ".metadata").fix
+    metadata.planner_data = Member(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")
+    index.write_bytes(pickle.dumps(metadata))
+    assert guarded_load(index).planner_data is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
 
 
 def test_code_in_the_common_file_is_not_run(copy: Path, tmp_path: Path) -> None:
