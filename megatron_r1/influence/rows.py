@@ -1,6 +1,6 @@
-"""Documents on rows of their own: no attention and no position ever crosses from one document to another.
+"""Documents on rows of their own, or one behind the other on one row: no attention ever crosses from one to another.
 
-Legend: b rows in a batch, s predicted tokens of the longest row.
+Legend: b rows in a batch, s predicted tokens of the longest row; T tokens and n rows of a packed batch.
 """
 
 from __future__ import annotations
@@ -74,6 +74,61 @@ def collate(rows: Sequence[Row], device: torch.device) -> Batch:
         tokens[i, : row.targets], labels[i, : row.targets], mask[i, : row.targets] = row.tokens[:-1], row.tokens[1:], 1
     arrays = {"tokens": tokens, "labels": labels, "loss_mask": mask}
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Rows one behind the other, told apart by their numbers: attention stops where they meet, and nothing is padded.
+
+    tensors: tokens, labels, segment_ids int64, loss_mask float32, all [1, T]. cu_seqlens: int64 [m + 1] on the host, the first
+    token of each row, then T; m = n, or n + 1 where masked tokens fill the end.
+    """
+
+    positions: list[int]  # places of the rows in the sequence the batches were made from
+    tensors: Batch
+    cu_seqlens: Tensor
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens a forward over this batch processes."""
+        return int(self.tensors["tokens"].numel())
+
+
+def pack_plan(rows: Sequence[Row], batch_tokens: int) -> list[list[int]]:
+    """Rows of each packed batch: longest first, as many as fit. Pure: a resumed run packs alike."""
+    groups: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(rows)), key=lambda i: (-rows[i].targets, i)):
+        if rows[i].targets > room:
+            groups.append([])
+            room = batch_tokens
+        groups[-1].append(i)
+        room -= rows[i].targets
+    return groups
+
+
+def packed(rows: Sequence[Row], batch_tokens: int, device: torch.device, multiple: int = 1, even: bool = False) -> list[PackedBatch]:
+    """The groups of `pack_plan`. The number of tokens is made a multiple of `multiple` (a row cut into as many pieces), and with
+    `even` the same in all batches (a pipeline passes on tensors of one shape): masked tokens fill up the end."""
+    groups = pack_plan(rows, batch_tokens)
+    sizes = [-(-sum(rows[i].targets for i in group) // multiple) * multiple for group in groups]
+    return [
+        PackedBatch(group, *pack([rows[i] for i in group], max(sizes) if even else size, device)) for group, size in zip(groups, sizes)
+    ]
+
+
+def pack(rows: Sequence[Row], length: int, device: torch.device) -> tuple[Batch, Tensor]:
+    """(tensors, cu_seqlens) of a packed batch of `length` tokens, at least as many as the rows have."""
+    ends = np.cumsum([0] + [row.targets for row in rows], dtype=np.int64)
+    used = int(ends[-1])
+    ends = np.append(ends, length) if length > used else ends
+    tokens, labels, mask = np.zeros(length, np.int64), np.zeros(length, np.int64), np.zeros(length, np.float32)
+    tokens[:used] = np.concatenate([row.tokens[:-1] for row in rows])
+    labels[:used] = np.concatenate([row.tokens[1:] for row in rows])
+    mask[:used] = 1
+    ids = np.repeat(np.arange(len(ends) - 1), np.diff(ends))
+    arrays = {"tokens": tokens, "labels": labels, "loss_mask": mask, "segment_ids": ids}
+    return {name: torch.from_numpy(array[None]).to(device) for name, array in arrays.items()}, torch.from_numpy(ends)
 
 
 def row_sums(losses: Tensor, mask: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467, equation 4), computed in fp32."""
-    wide = x.float()
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467, equation 4), computed in fp32 (fp64 for fp64)."""
+    wide = x if x.dtype == torch.float64 else x.float()
     normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     return normed if weight is None else normed * weight
 

@@ -72,6 +72,7 @@ with quietly():
     from megatron.core.tensor_parallel import (
         ColumnParallelLinear,
         RowParallelLinear,
+        VocabParallelEmbedding,
         gather_from_sequence_parallel_region,
         gather_from_tensor_model_parallel_region,
         reduce_from_tensor_model_parallel_region,
@@ -208,6 +209,7 @@ __all__ = [
     "TransformerConfig",
     "TransformerLayer",
     "TransformerLayerSubmodules",
+    "VocabParallelEmbedding",
     "check_p2p",
     "dist_checkpointing",
     "finalize_model_grads",

@@ -41,7 +41,8 @@ def forward_backward(
 
         sum of losses over all counted tokens / number of counted tokens,
 
-    both over all micro-batches and all data-parallel ranks, whatever the layout and however unevenly tokens are masked.
+    both over all micro-batches and all data-parallel ranks, whatever the layout and however unevenly tokens are masked. Chunks
+    that are not wrapped are differentiated too, of the plain sum of losses: nothing is divided and no gradient leaves its process.
     `forward_step` takes each micro-batch from the iterator once per chunk; every pipeline stage must be fed the same
     micro-batches. Returns, on the last stage, one dict per micro-batch: what the loss function reported plus `loss_sum` and
     `num_tokens`, all detached; on other stages an empty list. `reduce_reports` adds them up.
@@ -53,10 +54,12 @@ def forward_backward(
     wrapped = isinstance(chunks[0], DistributedDataParallel)
     if not forward_only:
         for chunk in chunks:
-            chunk.zero_grad_buffer()
             for parameter in chunk.parameters():
                 parameter.grad = None
-        _connect(chunks)
+            if wrapped:
+                chunk.zero_grad_buffer()
+        if wrapped:
+            _connect(chunks)
 
     def reporting_step(batches: Iterator[Any], chunk: nn.Module) -> tuple[Tensor, Any]:
         output, loss = forward_step(batches, chunk)
