@@ -88,7 +88,7 @@ def by_hand(ctx, batches, per_token):
         sources[1] += tensors["loss_mask"].sum(1).double()
     loss = total / count
     loss.backward()
-    return float(loss), {name: parameter.grad for name, parameter in chunks[0].named_parameters()}, sources
+    return float(loss.detach()), {name: parameter.grad for name, parameter in chunks[0].named_parameters()}, sources
 
 
 def cross_entropy(scores, batch):
