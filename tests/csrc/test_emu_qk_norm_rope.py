@@ -294,3 +294,25 @@ def test_mutants_are_caught(name: str, sanitized: Path, monkeypatch: pytest.Monk
 def test_under_sanitizers(name: str, sanitized: Path) -> None:
     case = CASES[name]
     check(replace(case, vectors=case.vectors and case.h == 64 and case.interleaved), sanitized, (2,))
+
+
+@pytest.fixture(scope="module")
+def watched() -> Path:
+    """The same program, with every access to shared and global memory watched for another that it is not ordered with."""
+    return build("qk_norm_rope_one", races=True, mutate={file: switched(file) for file in (KERNEL, DISPATCH)})
+
+
+BARRIERS = ("no barrier before the gains' sum", "no barrier in the sum of blocks", "plain: no barrier")
+
+
+@pytest.mark.parametrize("case", [RAGGED, GROUPED, replace(RAGGED, h=66, vectors=False)], ids=["one group", "two groups", "plain"])
+def test_no_races(case: Case, watched: Path) -> None:
+    check(case, watched, (1,))
+
+
+@pytest.mark.parametrize("name", BARRIERS)
+def test_a_removed_barrier_is_a_race(name: str, watched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one order of threads: the detector needs no lucky one."""
+    monkeypatch.setenv(SWITCH, str(list(MUTANTS).index(name) + 1))
+    with pytest.raises(AssertionError, match="race"):
+        check(MUTANTS[name][-1], watched, (1,))
