@@ -52,7 +52,10 @@ class Direction(Frozen):
     self_influence: float = Field(description="<G, P G>: what a step on the probe itself would give, per unit step")
     step: float = Field(description="finite-difference step h along P G")
     truncation: float | None = Field(
-        default=None, description="estimated relative error of the finite differences from curvature"
+        default=None, description="engine finite_differences: estimated relative error from curvature, on the checked rows"
+    )
+    agreement: float | None = Field(
+        default=None, description="engine ghost: relative difference (L2) of finite differences from it, on the checked rows"
     )
     energy: dict[str, float] = Field(description="share of <G, P G> by parameter group")
     rms: float = Field(default=0.0, description="root mean square over documents of all sources of the score per token")
@@ -101,6 +104,7 @@ class InfluenceRecord(Frozen):
     checkpoints: list[ScoredCheckpoint] = Field(min_length=1, description="checkpoints, ascending")
     preconditioner: Literal["none", "adam"] = Field(description="P in <g, P G>")
     eps: float | None = Field(description="epsilon in P; null without a preconditioner")
+    engine: str = Field(default="finite_differences", description="what made the scores: ghost or finite_differences")
     fd_epsilon: float = Field(description="finite-difference step relative to the norm of the weights")
     score_unit: str = Field(description="window: one window per document; document: all of its windows")
     tokens_per_document: int = Field(description="largest number of predicted tokens in a row")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_r1.artifacts.checkpoint import CheckpointInfo, CheckpointSet
 from megatron_r1.influence.precondition import Adam, Identity, Preconditioner
@@ -20,6 +20,7 @@ from megatron_r1.parallel.context import ParallelContext, initialize
 class LoadedCheckpoint:
     """A checkpoint ready to be scored at."""
 
+    chunks: list[nn.Module]
     losses: TokenLosses
     parameters: dict[str, Tensor]
     preconditioner: Preconditioner  # P of the score
@@ -48,9 +49,9 @@ def load(
         return token_losses(model, batch)
 
     if preconditioner == "none":
-        return LoadedCheckpoint(losses, parameters, Identity(), Identity(), None)
+        return LoadedCheckpoint(chunks, losses, parameters, Identity(), Identity(), None)
     moment, step = load_second_moment(point.path, chunks, ctx)
     beta2, own = float(checkpoints.optimizer["beta2"]), float(checkpoints.optimizer["eps"])
     trainer = Adam(moment, step, beta2, own)
     chosen = trainer if eps is None or eps == own else Adam(moment, step, beta2, eps)
-    return LoadedCheckpoint(losses, parameters, chosen, trainer, own if eps is None else eps)
+    return LoadedCheckpoint(chunks, losses, parameters, chosen, trainer, own if eps is None else eps)

@@ -44,8 +44,8 @@ class ValidityConfig(Frozen):
 class InfluenceConfig(StageConfig):
     """How documents are scored.
 
-    Score of a document = <its gradient, P G>, P the preconditioner and G the gradient of a capability's probe loss, by
-    central finite differences: two forwards, no backward, every parameter. Positive = benefit.
+    Score of a document = <its gradient, P G>, P the preconditioner and G the gradient of a capability's probe loss, over every
+    parameter. Positive = benefit.
     """
 
     stage: Literal["influence"] = Field(default="influence", description="Which stage this step runs.")
@@ -92,6 +92,17 @@ class InfluenceConfig(StageConfig):
         "carry the score (watch `ess`); "
         "raising it damps them, at the price of predicting another optimizer",
     )
+    engine: Literal["ghost", "finite_differences"] = Field(
+        default="ghost",
+        description="ghost: all directions from one forward and backward of packed documents; finite_differences: two forwards "
+        "per direction, of a model whose layers need not be known. They agree to the differences' error (`agreement`)",
+    )
+    directions_per_pass: int = Field(
+        default=8,
+        ge=1,
+        description="with ghost, directions (capabilities, and their probe folds) scored in one pass: each takes as much memory as "
+        "the weights, and saves a forward and half a backward",
+    )
     fd_epsilon: float = Field(
         default=3e-4,
         gt=0,
@@ -102,8 +113,8 @@ class InfluenceConfig(StageConfig):
     fd_check_documents: int = Field(
         default=8,
         ge=0,
-        description="rows rescored at twice the step to estimate the curvature error of each direction; 0 leaves the "
-        "check out",
+        description="rows scored a second time as a check, recorded for every direction. With ghost by finite differences "
+        "(`agreement`), with finite_differences at twice the step (`truncation`, the error from curvature); 0 leaves the check out",
     )
     probe_weighting: Literal["documents", "tokens"] = Field(
         default="documents",
@@ -114,15 +125,15 @@ class InfluenceConfig(StageConfig):
         default=1,
         ge=1,
         description="probe folds with their own direction, so that intervals also cover the choice of probe windows; "
-        "8 is a good number, 2 say next to nothing. Every document scored along F folds costs F times the forwards, see "
-        "fold_documents. 1: intervals cover scored documents only, and say so",
+        "8 is a good number, 2 say next to nothing. A document scored along F folds costs F products with the weights' gradients "
+        "(finite_differences: F times the forwards), see fold_documents. 1: intervals cover scored documents only, and say so",
     )
     fold_documents: int | None = Field(
         default=None,
         ge=1,
         description="documents per source that are scored along every probe fold (the first of those drawn); the others "
-        "are scored along the whole probe only. Noise of the probe shows on a part of the documents: with 40 documents "
-        "and 8 folds, 10 of them cost 2.75 forwards where all cost 8. null: all documents",
+        "are scored along the whole probe only. Noise of the probe shows on a part of the documents: of 40 documents "
+        "and 8 folds, 10 by fold take 2.75 products per token where all take 8. null: all documents",
     )
     normalise: Literal["none", "rms", "self"] = Field(
         default="rms", description="scale of the summary and of Eq. 5: see artifacts.influence.InfluenceTable.benefits"
@@ -136,6 +147,19 @@ class InfluenceConfig(StageConfig):
         description="documents per resumable partition: an interrupted run loses at most the partition in work",
     )
     validity: ValidityConfig = Field(default=ValidityConfig(), description="the receipt")
+
+    def scoring_forwards(self, directions: int) -> int:
+        """Forwards per token that scoring along so many directions takes. A product with all weights is one: a backward that leaves
+        out the weights' gradients has one of them, and each direction adds one."""
+        if self.engine == "finite_differences":
+            return 2 * directions
+        return 2 * -(-directions // self.directions_per_pass) + directions
+
+    def check_forwards(self, capabilities: int) -> int:
+        """Forwards per token that the second scoring takes."""
+        if self.engine == "finite_differences":
+            return 4 * capabilities * self.probe_folds
+        return self.scoring_forwards(capabilities) + 2 * capabilities
 
     @model_validator(mode="after")
     def _batch(self) -> InfluenceConfig:
@@ -158,6 +182,6 @@ def describe(config: InfluenceConfig) -> str:
     return (
         f"score {config.documents} documents of {which}, up to {config.tokens_per_document} tokens each, at "
         f"{config.checkpoints} "
-        f"checkpoint{'' if config.checkpoints == 1 else 's'} (preconditioner {config.preconditioner}{folds}, finite "
-        "differences in fp32)"
+        f"checkpoint{'' if config.checkpoints == 1 else 's'} (preconditioner {config.preconditioner}{folds}, engine "
+        f"{config.engine}, fp32)"
     )

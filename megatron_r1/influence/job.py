@@ -67,7 +67,7 @@ class Job:
         return min(max(wanted - partition.first, 0), len(partition))
 
     def check_rows(self) -> list[Row]:
-        """A few rows of several sources, to estimate the curvature error on."""
+        """A few rows of several sources, to be scored a second time."""
         wanted = self.config.fd_check_documents
         firsts = [chosen.rows[i] for i in range(wanted) for chosen in self.chosen.values() if i < len(chosen.rows)]
         return firsts[:wanted]
@@ -154,19 +154,19 @@ def prepare(
 
 
 def direction_tokens(job: Job) -> int:
-    """Token-forwards that the directions of one checkpoint take (a backward counts as two)."""
+    """Token-forwards that the directions of one checkpoint take (a backward counts as two), their check included."""
     folds = job.config.probe_folds
     gradients = sum(
         3 * padded_tokens(rows[fold::folds], job.tokens) for rows in job.probe.values() for fold in range(folds)
     )
-    lines = len(job.probe) * max(job.folds, 1)
-    return gradients + 4 * lines * padded_tokens(job.check_rows(), job.tokens)
+    return gradients + job.config.check_forwards(len(job.probe)) * padded_tokens(job.check_rows(), job.tokens)
 
 
 def scoring_tokens(job: Job, partition: Partition) -> int:
-    """Token-forwards that a partition takes at one checkpoint: two per direction."""
+    """Token-forwards that a partition takes at one checkpoint."""
     split, whole = (padded_tokens(rows, job.tokens) for rows in job.rows_by_fold(partition))
-    return 2 * len(job.probe) * (job.folds * split + whole)
+    forwards = job.config.scoring_forwards
+    return forwards(len(job.probe) * job.folds) * split + forwards(len(job.probe)) * whole
 
 
 def scores_at(job: Job, step: int) -> dict[str, np.ndarray]:

@@ -102,6 +102,7 @@ def finish(job: Job, probe: ProbeSet, work: Workspace, validity: dict[str, Any] 
         capabilities=list(job.probe),
         preconditioner=config.preconditioner,
         eps=eps,
+        engine=config.engine,
         fd_epsilon=config.fd_epsilon,
         score_unit=config.score_unit,
         checkpoints=[

@@ -6,7 +6,7 @@ processes and the receipt is rank 0's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +15,21 @@ import numpy as np
 from megatron_r1.artifacts.checkpoint import CheckpointInfo, CheckpointSet
 from megatron_r1.influence import access
 from megatron_r1.influence.finite_difference import FiniteDifference, sum_by_unit
+from megatron_r1.influence.ghost import Ghost
 from megatron_r1.influence.groups import energy_shares
 from megatron_r1.influence.job import Job, Partition, direction_tokens, scoring_tokens, totals_at
 from megatron_r1.influence.probe_gradient import Direction, dot, fold_gradient, norm
-from megatron_r1.influence.rows import batches
+from megatron_r1.influence.rows import Row, batches, packed
 from megatron_r1.influence.validity import cost, receipt
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.utils import io
 from megatron_r1.utils.logging import get_logger, progress
 
-TRUNCATION_WARNING = 0.02
+ERROR_WARNING = 0.02
 log = get_logger(__name__)
 Advance = Callable[[int], None]
+# (directions, rows, progress, what to call row i in an error) -> float64 [rows, directions]
+RowScores = Callable[[Sequence[Direction], Sequence[Row], Advance, Callable[[int], str]], np.ndarray]
 
 
 def score(job: Job, checkpoints: CheckpointSet, ctx: ParallelContext) -> dict[str, Any] | None:
@@ -82,22 +85,40 @@ def _score_checkpoint(
     advance: Advance,
 ) -> None:
     """Directions of every capability at one checkpoint, then those of this process' partitions that are in `todo`."""
-    lines = _directions(job, step, engine, loaded, ctx, advance)
+    row_scores = _row_scores(job, engine, loaded, ctx)
+    lines = _directions(job, step, engine, row_scores, loaded, ctx, advance)
     for partition in mine:
         if partition not in todo:
             advance(scoring_tokens(job, partition))
             continue
-        job.save(step, partition, _score_partition(job, partition, lines, engine, ctx, advance))
+        job.save(step, partition, _score_partition(job, partition, lines, row_scores, advance))
 
 
-def _score_partition(
-    job: Job,
-    partition: Partition,
-    lines: list[Lines],
-    engine: FiniteDifference,
-    ctx: ParallelContext,
-    advance: Advance,
-) -> np.ndarray:
+def _row_scores(job: Job, engine: FiniteDifference, loaded: access.LoadedCheckpoint, ctx: ParallelContext) -> RowScores:
+    """The engine that was asked for."""
+    config = job.config
+
+    def by_differences(directions: Sequence[Direction], rows: Sequence[Row], advance: Advance, name: Callable[[int], str]) -> np.ndarray:
+        made = batches(rows, job.tokens, ctx.device)
+        return np.stack([engine.scores(direction, made, advance=advance) for direction in directions], axis=1)
+
+    if config.engine == "finite_differences":
+        return by_differences
+    ghost = Ghost(loaded.chunks, ctx)
+
+    def by_ghost(directions: Sequence[Direction], rows: Sequence[Row], advance: Advance, name: Callable[[int], str]) -> np.ndarray:
+        made = packed(rows, job.tokens, ctx.device)
+        found = []
+        for first in range(0, len(directions), config.directions_per_pass):
+            some = directions[first : first + config.directions_per_pass]
+            forwards = config.scoring_forwards(len(some))
+            found.append(ghost.scores(some, made, lambda tokens, forwards=forwards: advance(forwards * tokens), name))
+        return np.concatenate(found, axis=1)
+
+    return by_ghost
+
+
+def _score_partition(job: Job, partition: Partition, lines: list[Lines], row_scores: RowScores, advance: Advance) -> np.ndarray:
     """Scores of a partition's documents, float64 [n, C (1 + F)]: the whole probe's, then its folds' (or NaN).
 
     A document scored along every fold needs no further direction: the folds' weighted sum is the whole.
@@ -105,16 +126,23 @@ def _score_partition(
     found = np.full((len(partition), len(lines), 1 + job.folds), np.nan)
     split, whole = job.rows_by_fold(partition)
     some = job.by_fold(partition)
-    packed = {"split": batches(split, job.tokens, ctx.device), "whole": batches(whole, job.tokens, ctx.device)}
-    for c, line in enumerate(lines):
-        for f, fold in enumerate(line.folds if some else ()):
-            scores = sum_by_unit(engine.scores(fold, packed["split"], advance=advance), split, len(partition))
-            found[:some, c, 1 + f] = scores[:some]
-        if some:
-            found[:some, c, 0] = found[:some, c, 1:] @ line.weights
-        if whole:
-            scores = sum_by_unit(engine.scores(line.whole, packed["whole"], advance=advance), whole, len(partition))
-            found[some:, c, 0] = scores[some:]
+    chosen = job.chosen[partition.source]
+
+    def documents(directions: list[Direction], rows: list[Row]) -> np.ndarray:
+        """float64 [n, directions]"""
+
+        def name(row: int) -> str:
+            return f"document {chosen.ids[partition.first + rows[row].unit]!r} of {partition.source}"
+
+        scores = row_scores(directions, rows, advance, name)
+        return np.stack([sum_by_unit(column, rows, len(partition)) for column in scores.T], axis=1)
+
+    if split:
+        by_fold = documents([fold for line in lines for fold in line.folds], split)[:some]
+        found[:some, :, 1:] = by_fold.reshape(some, len(lines), job.folds)
+        found[:some, :, 0] = np.einsum("ncf,cf->nc", found[:some, :, 1:], np.stack([line.weights for line in lines]))
+    if whole:
+        found[some:, :, 0] = documents([line.whole for line in lines], whole)[some:]
     return found.reshape(len(partition), -1)
 
 
@@ -122,6 +150,7 @@ def _directions(
     job: Job,
     step: int,
     engine: FiniteDifference,
+    row_scores: RowScores,
     loaded: access.LoadedCheckpoint,
     ctx: ParallelContext,
     advance: Advance,
@@ -133,6 +162,7 @@ def _directions(
     config = job.config
     lines: list[Lines] = []
     notes: dict[str, dict[str, Any]] = {}
+    differences = config.engine == "finite_differences"
     check = batches(job.check_rows(), job.tokens, ctx.device)
     for capability, rows in job.probe.items():
         folds: list[Direction] = []
@@ -152,7 +182,7 @@ def _directions(
                 advance,
             )
             along = loaded.preconditioner(part.gradient)
-            if check:
+            if check and differences:
                 truncations.append(engine.truncation(along, check, advance))
             weights.append(part.weight)
             loss += part.weight * part.loss
@@ -175,7 +205,7 @@ def _directions(
             "weights": weights,
             "eps": loaded.eps,
         }
-        if truncation is not None and truncation > TRUNCATION_WARNING:
+        if truncation is not None and truncation > ERROR_WARNING:
             log.warning(
                 "influence %s at step %d: curvature makes the finite differences wrong by about %.1f %%; lower "
                 "fd_epsilon or raise eps",
@@ -183,6 +213,19 @@ def _directions(
                 step,
                 100 * truncation,
             )
+    if check and not differences:
+        exact = row_scores([line.whole for line in lines], job.check_rows(), advance, "checked row {}".format)
+        for capability, line, scores in zip(notes, lines, exact.T):
+            off = engine.scores(line.whole, check, advance=advance) - scores
+            notes[capability]["agreement"] = agreement = float(np.linalg.norm(off) / max(np.linalg.norm(scores), np.finfo(float).tiny))
+            if agreement > ERROR_WARNING:
+                log.warning(
+                    "influence %s at step %d: finite differences are %.1f %% away from the scores. The likely cause is curvature "
+                    "along the step of the differences (try a lower fd_epsilon); if it stays, do not trust the scores",
+                    capability,
+                    step,
+                    100 * agreement,
+                )
     if ctx.is_main:
         io.atomic_write_json(job.directions_file(step), notes)
     return lines

@@ -242,19 +242,19 @@ def _teacher(recipe: Recipe, config: Any) -> ModelConfig | None:
 
 
 def _influence(recipe: Recipe, step: str) -> dict[str, Any]:
-    """Forwards of the engine: per checkpoint, a gradient of the probes (3), two forwards per direction and document (folds: see
-    `fold_documents`), the check of the step's curvature (4 per direction and checked row) and the receipt."""
+    """Forwards of the engine: per checkpoint, a gradient of the probes (3), those of every document (folds: see `fold_documents`), of
+    the rows scored twice, and the receipt."""
     config: Any = recipe.steps[step]
     probe: Any = recipe.steps[config.inputs.probe]
     model = model_of(recipe, config.inputs.checkpoint)
     capabilities, length = len(probe.capabilities), config.tokens_per_document
     documents = config.documents * len(config.sources or pools(recipe, config.inputs.shards))
     look = capabilities * probe.documents * probe.tokens_per_document
-    directions = capabilities * config.probe_folds
     split = 0 if config.probe_folds == 1 else documents // config.documents * (config.fold_documents or config.documents)
     receipt = config.validity.batches * (3 * config.validity.documents * length + look) + (look if config.validity.batches else 0)
-    check = 4 * directions * min(config.fd_check_documents, documents) * length
-    forwards = config.checkpoints * (3 * look + 2 * (directions * split + capabilities * (documents - split)) * length + check + receipt)
+    check = config.check_forwards(capabilities) * min(config.fd_check_documents, documents)
+    scores = config.scoring_forwards(capabilities * config.probe_folds) * split + config.scoring_forwards(capabilities) * (documents - split)
+    forwards = config.checkpoints * (3 * look + (scores + check) * length + receipt)
     notes = ["FLOPs: at most, for documents of full length"]
     if config.score_unit == "document":
         notes = ["FLOPs: whole documents are scored; counted here as one window each, so more in proportion to their length"]

@@ -87,9 +87,11 @@ def test_the_record_says_what_it_is(table: InfluenceTable, world: World) -> None
     assert record.probe_sha256 == world["probe"].json("probe.json")["sha256"]
     assert record.interval_covers == ["scored documents"]
     assert "probe_folds" in record.notes[0]
+    assert record.engine == "ghost"
     for direction in record.directions.values():
-        assert direction.truncation is not None
-        assert direction.truncation < 0.02
+        assert direction.truncation is None
+        assert direction.agreement is not None
+        assert direction.agreement < 0.02
         assert sum(direction.energy.values()) == pytest.approx(1)
         assert set(direction.energy) == {"embedding", "norm", "attention", "ffn"}
     assert all(value is not None and value > 0.5 for value in record.reliability.values())
@@ -199,6 +201,27 @@ def test_probe_folds_sum_to_the_whole_and_widen_the_intervals(
         for name, t in (("whole", whole), ("split", split))
     }
     assert width["split"] > width["whole"]
+
+
+def test_both_engines_fill_the_same_table(world: World, tmp_path: Path) -> None:
+    few = {"documents": 10, "checkpoints": 1, "validity": {"batches": 0}, "sources": ["left", "shuffled"], "probe_folds": 3, "fold_documents": 4}
+    engines = {
+        "ghost": {},
+        "one at a time": {"directions_per_pass": 1},
+        "finite differences": {"engine": "finite_differences"},
+    }
+    found = {name: InfluenceTable.open(score(influence_config(**few, **changes), world, tmp_path / name)) for name, changes in engines.items()}
+    for source in ("left", "shuffled"):
+        exact = found["ghost"].scores(source)
+        for name, tolerance in (("one at a time", 1e-5), ("finite differences", 5e-3)):
+            other = found[name].scores(source)
+            assert exact.folds is not None
+            assert other.folds is not None
+            assert np.linalg.norm(exact.raw - other.raw) <= tolerance * np.linalg.norm(exact.raw)
+            assert np.linalg.norm(exact.folds[:4] - other.folds[:4]) <= tolerance * np.linalg.norm(exact.folds[:4])
+    directions = {name: list(table.record.directions.values()) for name, table in found.items()}
+    assert all(d.truncation is not None and d.truncation < 0.02 and d.agreement is None for d in directions["finite differences"])
+    assert all(d.agreement is not None for d in directions["ghost"])
 
 
 def test_whole_documents_sum_their_windows(world: World, tmp_path: Path) -> None:

@@ -171,23 +171,26 @@ def test_fine_tuning_states_what_is_known(plans: dict[str, StepPlan]) -> None:
 def test_influence_cost(plans: dict[str, StepPlan]) -> None:
     plan = plans["influence"]
     gradients = 3 * 2 * 10  # 2 capabilities of 10 windows, forward and backward
-    scoring = 2 * 2 * (2 * 20)  # two forwards per capability over 20 documents of 2 sources
-    curvature = 4 * 2 * 5
+    scoring = (2 + 2) * (2 * 20)  # forward, half a backward and a product per capability over 20 documents of 2 sources
+    check = ((2 + 2) + 2 * 2) * 5  # and finite differences
     receipt = 3 * (3 * 4 + 2 * 10) + 2 * 10
-    assert plan.flops == 2 * (gradients + scoring + curvature + receipt) * nano_forward(32)
+    assert plan.flops == 2 * (gradients + scoring + check + receipt) * nano_forward(32)
     assert plan.tokens == 2 * 20 * 32
 
 
-def test_influence_cost_with_folds_on_a_part_of_the_documents(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["ghost", "finite_differences"])
+def test_influence_cost_with_folds_on_a_part_of_the_documents(tmp_path: Path, engine: str) -> None:
     path = tmp_path / "folds.yaml"
     path.write_text(RECIPE, "utf-8")
-    recipe = load_recipe(path, ["steps.influence.probe_folds=4", "steps.influence.fold_documents=5"])
+    recipe = load_recipe(path, ["steps.influence.probe_folds=4", "steps.influence.fold_documents=5", f"steps.influence.engine={engine}"])
     plan = next(plan for plan in derive(recipe) if plan.step == "influence")
     gradients = 3 * 2 * 10
-    scoring = 2 * 2 * (4 * 2 * 5 + 2 * 15)  # 5 documents of each source along 4 folds, 15 along the whole probe
-    curvature = 4 * (2 * 4) * 5
+    # 5 documents of each source along 4 folds, 15 along the whole probe; then the rows that are scored twice
+    scoring, check = (2 + 8) * 2 * 5 + (2 + 2) * 2 * 15, ((2 + 2) + 2 * 2) * 5
+    if engine == "finite_differences":
+        scoring, check = 2 * 2 * (4 * 2 * 5 + 2 * 15), 4 * (2 * 4) * 5
     receipt = 3 * (3 * 4 + 2 * 10) + 2 * 10
-    assert plan.flops == 2 * (gradients + scoring + curvature + receipt) * nano_forward(32)
+    assert plan.flops == 2 * (gradients + scoring + check + receipt) * nano_forward(32)
 
 
 def test_shares_of_every_method(tmp_path: Path) -> None:
