@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from megatron_r1.influence.rows import Batch, PackedBatch
+from megatron_r1.influence.rows import Batch, PackedBatch, Row, packed
 from megatron_r1.model.build import R1Model
 from megatron_r1.model.taps import Listener, Use, parameters_of
 from megatron_r1.ops.influence import grad_dot
@@ -71,6 +71,12 @@ class Ghost:
         self._listener = Listener(chunks, ctx, self._hear)
         self.parameters = parameters_of(chunks)
         self._lines: dict[str, Tensor] = {}
+
+    def pack(self, rows: Sequence[Row], batch_tokens: int) -> list[PackedBatch]:
+        """Rows packed as this layout needs them: cut sequences in equal pieces, a pipeline's batches of one length."""
+        layout = self.ctx.layout
+        pieces = layout.tensor if layout.sequence_parallel else 1
+        return packed(rows, batch_tokens, self.ctx.device, multiple=pieces, even=layout.pipeline > 1)
 
     @torch.enable_grad()
     def scores(
@@ -124,9 +130,18 @@ class Ghost:
             nothing = torch.zeros((), dtype=torch.int, device=out.device)
             return out, lambda total: (total, nothing, {})
 
-        if micros:
-            length = micros[0].tensors["tokens"].shape[1]
-            forward_backward(self.ctx, self.chunks, step, iter(micros), len(micros), length, 1)
+        if not micros:
+            return
+        if self.ctx.layout.virtual_pipeline:
+            # The interleaved schedule wants a multiple of the stages: batches in which nothing counts fill it up.
+            micros = micros + [self._blank(micros[-1]) for _ in range(-len(micros) % self.ctx.pipeline_size)]
+        length = micros[0].tensors["tokens"].shape[1]
+        forward_backward(self.ctx, self.chunks, step, iter(micros), len(micros), length, 1)
+
+    def _blank(self, like: _Micro) -> _Micro:
+        tensors = {name: tensor.clone() for name, tensor in like.tensors.items()}
+        tensors["loss_mask"].zero_()
+        return self._micro(tensors, like.cu_seqlens, like.rows.shape[1])
 
     def _head(self, chunk: R1Model, states: Tensor, micro: _Micro) -> Tensor:
         """Sum of the losses; its backward is what adds the head's scores."""
