@@ -58,7 +58,26 @@ class Direction(Frozen):
         default=None, description="engine ghost: relative difference (L2) of finite differences from it, on the checked rows"
     )
     energy: dict[str, float] = Field(description="share of <G, P G> by parameter group")
+    score_shares: dict[str, float] | None = Field(
+        default=None,
+        description="share of the variance of the scores per token of some documents by parameter group, cov(group's score, "
+        "score) / var(score); negative: the group pulls against the others; null: not measured",
+    )
     rms: float = Field(default=0.0, description="root mean square over documents of all sources of the score per token")
+
+
+class Curvature(Frozen):
+    """What an estimated inverse Hessian (preconditioner datainf) was made from."""
+
+    documents: dict[str, int] = Field(description="source -> training documents, one window each")
+    tokens: int = Field(description="predicted tokens of all of them")
+    sha256: str = Field(description="hash of their tokens, in order")
+    labels: Literal["true", "sampled"] = Field(
+        description="what the losses are taken of: the documents' own next tokens, or tokens drawn from the model at every "
+        "position (the Fisher information)"
+    )
+    rule: str = Field(description="in words: how each kind of parameter is treated")
+    damping: dict[str, dict[str, float]] = Field(description="step -> parameter -> lambda, absolute")
 
 
 class Cell(Frozen):
@@ -102,8 +121,13 @@ class InfluenceRecord(Frozen):
 
     capabilities: list[str] = Field(min_length=1, description="capabilities, in column order")
     checkpoints: list[ScoredCheckpoint] = Field(min_length=1, description="checkpoints, ascending")
-    preconditioner: Literal["none", "adam"] = Field(description="P in <g, P G>")
-    eps: float | None = Field(description="epsilon in P; null without a preconditioner")
+    preconditioner: Literal["none", "adam", "datainf"] = Field(description="P in <g, P G>")
+    eps: float | None = Field(description="epsilon in P; null but for adam")
+    curvature: Curvature | None = Field(default=None, description="of datainf; null for the others")
+    parameters: Literal["all", "embeddings"] | list[str] = Field(
+        default="all", description="which parameters' gradients are compared, as asked for"
+    )
+    scored_parameters: list[str] = Field(default=[], description="their names, where they are not all")
     engine: str = Field(default="finite_differences", description="what made the scores: ghost or finite_differences")
     fd_epsilon: float = Field(description="finite-difference step relative to the norm of the weights")
     score_unit: str = Field(description="window: one window per document; document: all of its windows")
@@ -249,8 +273,9 @@ class InfluenceTable:
     def benefits(self, source: str, normalise: Normalise = "rms") -> np.ndarray:
         """Benefit summed over each document's tokens, [n, C]: sum_t alpha_t s[., c, t] / scale[c, t].
 
-        `normalise` brings capabilities and checkpoints to one scale. Scores along P G scale with the probe gradient, so
-        unlike DataInf's (arXiv 2509.24945 uses AutoMixer's DataInf form) they are not comparable as they are:
+        `normalise` brings capabilities and checkpoints to one scale. Scores along P G grow with the probe gradient where P
+        is fixed (none, adam); with datainf (the paper's) P shrinks as gradients grow, and the scale that all
+        losses have in common drops out, but that of a capability does not. So either way they are not comparable as they are:
         "rms" divides by the root mean square of the per-token scores over all scored documents; "self" by <G, P G>, so
         that 1 means "as good as training on the probe itself"; "none" leaves nats per unit step.
         """

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from megatron_r1.artifacts.checkpoint import CheckpointInfo, CheckpointSet
+from megatron_r1.influence.config import InfluenceConfig
 from megatron_r1.influence.precondition import Adam, Identity, Preconditioner
 from megatron_r1.influence.rows import Batch, TokenLosses
 from megatron_r1.model.forward import token_losses
@@ -23,7 +24,7 @@ class LoadedCheckpoint:
     chunks: list[nn.Module]
     losses: TokenLosses
     parameters: dict[str, Tensor]
-    preconditioner: Preconditioner  # P of the score
+    preconditioner: Preconditioner  # P of the score, for those that are not estimated from documents
     trainer: Preconditioner  # P of the trainer's own step
     eps: float | None
 
@@ -33,10 +34,8 @@ def context(seed: int) -> ParallelContext:
     return initialize(LayoutConfig(), seed)
 
 
-def load(
-    checkpoints: CheckpointSet, point: CheckpointInfo, ctx: ParallelContext, preconditioner: str, eps: float | None
-) -> LoadedCheckpoint:
-    """Load weights in fp32, and the optimizer's second moment when P needs it.
+def load(checkpoints: CheckpointSet, point: CheckpointInfo, ctx: ParallelContext, config: InfluenceConfig) -> LoadedCheckpoint:
+    """Load weights in fp32, and the optimizer's second moment when P or the receipt needs it.
 
     Raises CheckpointError when it is not there.
     """
@@ -48,10 +47,13 @@ def load(
     def losses(batch: Batch) -> Tensor:
         return token_losses(model, batch)
 
-    if preconditioner == "none":
+    if config.preconditioner != "adam" and not (config.validity.batches and config.receipt_optimizer == "trainer"):
         return LoadedCheckpoint(chunks, losses, parameters, Identity(), Identity(), None)
     moment, step = load_second_moment(point.path, chunks, ctx)
     beta2, own = float(checkpoints.optimizer["beta2"]), float(checkpoints.optimizer["eps"])
-    trainer = Adam(moment, step, beta2, own)
-    chosen = trainer if eps is None or eps == own else Adam(moment, step, beta2, eps)
-    return LoadedCheckpoint(chunks, losses, parameters, chosen, trainer, own if eps is None else eps)
+    adam = Adam(moment, step, beta2, own)
+    trainer = adam if config.receipt_optimizer == "trainer" else Identity()
+    if config.preconditioner != "adam":
+        return LoadedCheckpoint(chunks, losses, parameters, Identity(), trainer, None)
+    chosen = adam if config.eps is None or config.eps == own else Adam(moment, step, beta2, config.eps)
+    return LoadedCheckpoint(chunks, losses, parameters, chosen, trainer, own if config.eps is None else config.eps)

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from megatron_r1.config.base import Frozen, StageConfig, StepName
 from megatron_r1.config.units import Tokens
 
+PARAMETER_KINDS = 4  # embedding, attention, ffn, norm: influence.groups
+
 
 class InfluenceInputs(Frozen):
     """The steps influence is measured from."""
@@ -38,6 +40,29 @@ class ValidityConfig(Frozen):
         description="length of the real step relative to the norm of the weights: above fp32 noise, yet short enough "
         "for a first-order forecast. "
         "On a nano model the rank correlation was 0.99 at 1e-4, 0.92 at 1e-3 and 0.65 at 1e-2, where curvature decides",
+    )
+    optimizer: Literal["trainer", "sgd"] | None = Field(
+        default=None,
+        description="whose step is taken. trainer: the gradient scaled by the checkpoint's own second moment, what its AdamW "
+        "does; sgd: the gradient itself. null: trainer, unless preconditioner is none",
+    )
+
+
+class CurvatureConfig(Frozen):
+    """What an approximate inverse Hessian (preconditioner datainf) is estimated from."""
+
+    documents: int = Field(
+        default=16,
+        ge=1,
+        description="documents per scored source, one random window each, drawn by a keyed permutation of the training "
+        "split that is not the one of the scored documents; a source with fewer gives all it has. The curvature is that "
+        "of equal shares of documents, not of the mixture trained on",
+    )
+    damping: float = Field(
+        default=0.1,
+        gt=0,
+        description="lambda of each parameter tensor, relative to the mean eigenvalue of its curvature. With datainf 0.1 is "
+        "the paper's lambda (0.1 times the mean squared gradient entry)",
     )
 
 
@@ -80,10 +105,21 @@ class InfluenceConfig(StageConfig):
         description="how many of the run's checkpoints to score at, evenly spaced and ending at the last; weight "
         "alpha proportional to the step (Eq. 5)",
     )
-    preconditioner: Literal["none", "adam"] = Field(
+    preconditioner: Literal["none", "adam", "datainf"] = Field(
         default="adam",
         description="adam: the trainer's own second moment, bias correction and eps, which predicts an AdamW step "
-        "far better than none",
+        "far better than none; datainf: the paper's closed form of an inverse Hessian "
+        "(docs/influence.md, Preconditioners)",
+    )
+    curvature: CurvatureConfig = Field(
+        default=CurvatureConfig(), description="what datainf is estimated from; not used by the others"
+    )
+    parameters: Literal["all", "embeddings"] | list[str] = Field(
+        default="all",
+        min_length=1,
+        description="whose gradients are compared. all; embeddings: token embedding and output head, AutoMixer's choice "
+        "(arXiv 2506.21910; one tensor where they are tied); or patterns with * and ? of parameter names, such as "
+        "[decoder.layers.3.*, '*layernorm*']. What is left out can change the ranking: see `score_shares` of a full table",
     )
     eps: float | None = Field(
         default=None,
@@ -115,6 +151,12 @@ class InfluenceConfig(StageConfig):
         ge=0,
         description="rows scored a second time as a check, recorded for every direction. With ghost by finite differences "
         "(`agreement`), with finite_differences at twice the step (`truncation`, the error from curvature); 0 leaves the check out",
+    )
+    share_documents: int = Field(
+        default=24,
+        ge=0,
+        description="rows rescored along each kind of parameter alone (embedding, attention, ffn, norm), for its share of "
+        "the scores; 0 leaves the shares out",
     )
     probe_weighting: Literal["documents", "tokens"] = Field(
         default="documents",
@@ -168,20 +210,37 @@ class InfluenceConfig(StageConfig):
                 f"fold_documents ({self.fold_documents}) needs probe_folds above 1 and may not exceed documents "
                 f"({self.documents})"
             )
+        if self.eps is not None and self.preconditioner != "adam":
+            raise ValueError(f"eps ({self.eps}) belongs to preconditioner adam, which is {self.preconditioner}; see curvature.damping")
         if self.batch < self.tokens_per_document:
             raise ValueError(
                 f"batch ({self.batch}) must hold at least one row of tokens_per_document ({self.tokens_per_document})"
             )
         return self
 
+    def share_forwards(self, capabilities: int) -> int:
+        """Forwards per token that scoring along every kind of parameter alone takes."""
+        return self.scoring_forwards(PARAMETER_KINDS * capabilities)
+
+    def curvature_forwards(self, directions: int) -> int:
+        """Forwards per token of the curvature's documents that estimating P and applying it to so many gradients take (a
+        backward counts as two)."""
+        return {"datainf": 3 * (1 + directions)}.get(self.preconditioner, 0)
+
+    @property
+    def receipt_optimizer(self) -> Literal["trainer", "sgd"]:
+        """Whose step the receipt takes."""
+        return self.validity.optimizer or ("sgd" if self.preconditioner == "none" else "trainer")
+
 
 def describe(config: InfluenceConfig) -> str:
     """Return one line that says what this step would do."""
     folds = f", {config.probe_folds} probe folds" if config.probe_folds > 1 else ""
+    part = "" if config.parameters == "all" else f" of {config.parameters}" if isinstance(config.parameters, str) else f" of {', '.join(config.parameters)}"
     which = "every source" if config.sources is None else f"{len(config.sources)} sources"
     return (
         f"score {config.documents} documents of {which}, up to {config.tokens_per_document} tokens each, at "
         f"{config.checkpoints} "
-        f"checkpoint{'' if config.checkpoints == 1 else 's'} (preconditioner {config.preconditioner}{folds}, engine "
+        f"checkpoint{'' if config.checkpoints == 1 else 's'} (preconditioner {config.preconditioner}{part}{folds}, engine "
         f"{config.engine}, fp32)"
     )

@@ -13,6 +13,8 @@ from megatron_r1.artifacts.checkpoint import CheckpointInfo, CheckpointSet
 from megatron_r1.artifacts.probe import ProbeSet
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.influence.config import InfluenceConfig
+from megatron_r1.influence.curvature import ESTIMATED
+from megatron_r1.influence.reference import Reference, draw
 from megatron_r1.influence.rows import Row, padded_tokens
 from megatron_r1.influence.select import Chosen, choose, evenly
 from megatron_r1.influence.store import ScoreStore, parts
@@ -43,6 +45,7 @@ class Job:
     points: list[CheckpointInfo]
     store: ScoreStore
     seed: int
+    reference: Reference | None = None  # what the curvature is estimated from
 
     @property
     def tokens(self) -> int:
@@ -68,7 +71,10 @@ class Job:
 
     def check_rows(self) -> list[Row]:
         """A few rows of several sources, to be scored a second time."""
-        wanted = self.config.fd_check_documents
+        return self.some_rows(self.config.fd_check_documents)
+
+    def some_rows(self, wanted: int) -> list[Row]:
+        """The first row of every source, then the second ones, and so on."""
         firsts = [chosen.rows[i] for i in range(wanted) for chosen in self.chosen.values() if i < len(chosen.rows)]
         return firsts[:wanted]
 
@@ -150,7 +156,8 @@ def prepare(
     }
     trained = [point for point in checkpoints.checkpoints if point.step > 0]
     chosen = {source: choose(config, source, shards.split(source, "train")) for source in sources}
-    return Job(config, chosen, rows, evenly(trained, config.checkpoints), store, config.seed or 0)
+    reference = draw(config, shards, sources) if config.preconditioner in ESTIMATED else None
+    return Job(config, chosen, rows, evenly(trained, config.checkpoints), store, config.seed or 0, reference)
 
 
 def direction_tokens(job: Job) -> int:
@@ -159,7 +166,10 @@ def direction_tokens(job: Job) -> int:
     gradients = sum(
         3 * padded_tokens(rows[fold::folds], job.tokens) for rows in job.probe.values() for fold in range(folds)
     )
-    return gradients + job.config.check_forwards(len(job.probe)) * padded_tokens(job.check_rows(), job.tokens)
+    check = job.config.check_forwards(len(job.probe)) * padded_tokens(job.check_rows(), job.tokens)
+    shares = job.config.share_forwards(len(job.probe)) * padded_tokens(job.some_rows(job.config.share_documents), job.tokens)
+    curvature = job.config.curvature_forwards(len(job.probe) * (job.folds + 1)) * (job.reference.tokens if job.reference else 0)
+    return gradients + check + shares + curvature
 
 
 def scoring_tokens(job: Job, partition: Partition) -> int:
@@ -190,7 +200,7 @@ def scores_at(job: Job, step: int) -> dict[str, np.ndarray]:
 
 def fold_weights(job: Job, step: int) -> np.ndarray:
     """Weight of every probe fold, [C, F]; equal at every checkpoint."""
-    notes = io.read_json(job.directions_file(step))
+    notes = io.read_json(job.directions_file(step))["capabilities"]
     return np.array([notes[capability]["weights"] for capability in job.probe])
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,23 +12,27 @@ from megatron_r1.influence.probe_gradient import Direction
 from megatron_r1.utils.errors import CheckpointError
 
 
-class Preconditioner(Protocol):
-    """A fixed linear map on gradients."""
+class Preconditioner(ABC):
+    """A fixed linear map P on gradients, symmetric and positive: <G, P G> > 0."""
+
+    @abstractmethod
+    def several(self, gradients: Sequence[Mapping[str, Tensor]]) -> list[Direction]:
+        """P of each gradient. At once, because some read documents for it."""
 
     def __call__(self, gradient: Mapping[str, Tensor]) -> Direction:
         """P G."""
-        ...
+        return self.several([gradient])[0]
 
 
-class Identity:
+class Identity(Preconditioner):
     """P = 1: what a step of plain gradient descent does (TracIn's direction)."""
 
-    def __call__(self, gradient: Mapping[str, Tensor]) -> Direction:
-        """The gradient itself, copied."""
-        return {name: part.clone() for name, part in gradient.items()}
+    def several(self, gradients: Sequence[Mapping[str, Tensor]]) -> list[Direction]:
+        """The gradients themselves, copied."""
+        return [{name: part.clone() for name, part in gradient.items()} for gradient in gradients]
 
 
-class Adam:
+class Adam(Preconditioner):
     """P = diag 1/(sqrt(v / (1 - beta2^step)) + eps) with the trainer's own second moment: what its AdamW step does.
 
     Weight decay does not depend on the document and momentum adds a constant, so neither changes a ranking
@@ -55,8 +59,11 @@ class Adam:
             name: 1.0 / ((moment.float() / correction).sqrt() + eps) for name, moment in second_moment.items()
         }
 
-    def __call__(self, gradient: Mapping[str, Tensor]) -> Direction:
-        """P G. Raises CheckpointError when a parameter has no second moment."""
+    def several(self, gradients: Sequence[Mapping[str, Tensor]]) -> list[Direction]:
+        """P of each. Raises CheckpointError when a parameter has no second moment."""
+        return [self._apply(gradient) for gradient in gradients]
+
+    def _apply(self, gradient: Mapping[str, Tensor]) -> Direction:
         absent = [name for name in gradient if name not in self.scale or self.scale[name].shape != gradient[name].shape]
         if absent:
             raise CheckpointError(

@@ -63,10 +63,9 @@ def gradient(
     total = {name: torch.zeros_like(leaf) for name, leaf in parameters.items()}
     value = 0.0
     for batch in batches(rows, batch_tokens, device):
-        weight = torch.tensor([weights[i] for i in batch.positions], dtype=torch.float32, device=device)
         with torch.enable_grad():
             per_row = (losses(batch.tensors) * batch.tensors["loss_mask"]).sum(dim=1)
-            loss = (per_row * weight).sum()
+            loss = (per_row * per_row.new_tensor([weights[i] for i in batch.positions])).sum()
             parts = torch.autograd.grad(loss, leaves)
         for name, part in zip(names, parts):
             total[name].add_(part)

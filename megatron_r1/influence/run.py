@@ -11,6 +11,7 @@ from megatron_r1.artifacts.base import Artifact, Workspace
 from megatron_r1.artifacts.checkpoint import CheckpointSet
 from megatron_r1.artifacts.influence import (
     INFLUENCE_FILE,
+    Curvature,
     Direction,
     InfluenceRecord,
     InfluenceTable,
@@ -87,8 +88,9 @@ def finish(job: Job, probe: ProbeSet, work: Workspace, validity: dict[str, Any] 
         stacked = np.stack([scores[source] for scores in every])
         write_table(work.path / "scores" / f"{source}.parquet", chosen, list(job.probe), steps, stacked)
     directions, eps = {}, None
+    about = {step: io.read_json(job.directions_file(step)) for step in steps}
     for step in steps:
-        for capability, note in io.read_json(job.directions_file(step)).items():
+        for capability, note in about[step]["capabilities"].items():
             eps = note.pop("eps")
             note.pop("weights")
             directions[column(capability, step)] = Direction.model_validate(note)
@@ -98,10 +100,16 @@ def finish(job: Job, probe: ProbeSet, work: Workspace, validity: dict[str, Any] 
         notes.append("intervals do not cover the choice of probe windows; set probe_folds above 1 for that")
     elif config.probe_folds < FEW_FOLDS:
         notes.append(f"{config.probe_folds} probe folds hardly tell how noisy the probe is, so intervals are wide; 8 are better")
+    chosen = about[steps[-1]]["preconditioner"]["parameters"]
+    if config.parameters != "all":
+        notes.append(f"gradients of some parameters only were compared ({', '.join(chosen[:4])}{', ...' if len(chosen) > 4 else ''}: {len(chosen)} tensors)")
     record = InfluenceRecord(
         capabilities=list(job.probe),
         preconditioner=config.preconditioner,
         eps=eps,
+        curvature=_curvature(job, {step: found["preconditioner"] for step, found in about.items()}),
+        parameters=config.parameters,
+        scored_parameters=[] if config.parameters == "all" else chosen,
         engine=config.engine,
         fd_epsilon=config.fd_epsilon,
         score_unit=config.score_unit,
@@ -124,3 +132,18 @@ def finish(job: Job, probe: ProbeSet, work: Workspace, validity: dict[str, Any] 
     )
     windows = min(len(rows) for rows in job.probe.values())
     return summarise(InfluenceTable(work.path, record), config.bootstrap, job.seed, windows)
+
+
+def _curvature(job: Job, about: Mapping[int, Mapping[str, Any]]) -> Curvature | None:
+    reference = job.reference
+    if reference is None:
+        return None
+    last = about[max(about)]
+    return Curvature(
+        documents=reference.sources,
+        tokens=reference.tokens,
+        sha256=reference.sha256,
+        labels=last["labels"],
+        rule=last["rule"],
+        damping={str(step): found["damping"] for step, found in about.items()},
+    )

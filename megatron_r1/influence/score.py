@@ -14,9 +14,10 @@ import numpy as np
 
 from megatron_r1.artifacts.checkpoint import CheckpointInfo, CheckpointSet
 from megatron_r1.influence import access
+from megatron_r1.influence.curvature import preconditioner_of
 from megatron_r1.influence.finite_difference import FiniteDifference, sum_by_unit
 from megatron_r1.influence.ghost import Ghost
-from megatron_r1.influence.groups import energy_shares
+from megatron_r1.influence.groups import FEWEST, by_group, energy_shares, score_shares
 from megatron_r1.influence.job import Job, Partition, direction_tokens, scoring_tokens, totals_at
 from megatron_r1.influence.probe_gradient import Direction, dot, fold_gradient, norm
 from megatron_r1.influence.rows import Row, batches, packed
@@ -45,7 +46,7 @@ def score(job: Job, checkpoints: CheckpointSet, ctx: ParallelContext) -> dict[st
                 bar.advance(per_point)
                 continue
             bar.note(checkpoint=str(point.step))
-            loaded = access.load(checkpoints, point, ctx, job.config.preconditioner, job.config.eps)
+            loaded = access.load(checkpoints, point, ctx, job.config)
             engine = FiniteDifference(loaded.losses, loaded.parameters, job.config.fd_epsilon)
             if todo or directions:
                 _score_checkpoint(job, point.step, engine, loaded, mine, set(todo), ctx, bar.advance)
@@ -164,6 +165,9 @@ def _directions(
     notes: dict[str, dict[str, Any]] = {}
     differences = config.engine == "finite_differences"
     check = batches(job.check_rows(), job.tokens, ctx.device)
+    precondition, about = preconditioner_of(
+        config, loaded.preconditioner, loaded.losses, loaded.parameters, job.reference, ctx.device, advance
+    )
     for capability, rows in job.probe.items():
         folds: list[Direction] = []
         weights: list[float] = []
@@ -181,7 +185,7 @@ def _directions(
                 ctx.device,
                 advance,
             )
-            along = loaded.preconditioner(part.gradient)
+            along = precondition(part.gradient)
             if check and differences:
                 truncations.append(engine.truncation(along, check, advance))
             weights.append(part.weight)
@@ -192,7 +196,7 @@ def _directions(
             total = {n: g * part.weight + (total[n] if total else 0) for n, g in part.gradient.items()}
             folds.append({name: line.cpu() for name, line in along.items()})
         truncation = max(truncations) if truncations else None
-        whole = loaded.preconditioner(total)
+        whole = precondition(total) if job.folds else along
         lines.append(Lines(whole, folds, np.array(weights)))
         notes[capability] = {
             "probe_loss": loss,
@@ -226,9 +230,26 @@ def _directions(
                     step,
                     100 * agreement,
                 )
+    for note, shares in zip(notes.values(), _score_shares(job, lines, row_scores, advance)):
+        note["score_shares"] = shares
     if ctx.is_main:
-        io.atomic_write_json(job.directions_file(step), notes)
+        io.atomic_write_json(job.directions_file(step), {"capabilities": notes, "preconditioner": about})
     return lines
+
+
+def _score_shares(job: Job, lines: list[Lines], row_scores: RowScores, advance: Advance) -> list[dict[str, float] | None]:
+    """For each capability the share of each kind of parameter in the variance of some documents' scores; None: has no meaning."""
+    rows = job.some_rows(job.config.share_documents)
+    if len(rows) < FEWEST:
+        return [None] * len(lines)
+    pieces = [by_group(line.whole) for line in lines]
+    columns = row_scores([part for piece in pieces for part in piece.values()], rows, advance, "row {} of those for the shares".format).T
+    found, first = [], 0
+    for piece in pieces:
+        rates = columns[first : first + len(piece)] / [row.targets for row in rows]
+        found.append(score_shares(dict(zip(piece, rates))))
+        first += len(piece)
+    return found
 
 
 def _take_receipt(
@@ -252,7 +273,7 @@ def _take_receipt(
         job.seed,
         advance,
     )
-    io.atomic_write_json(job.receipt_file, {"checkpoint": step, "optimizer": job.config.preconditioner, **found})
+    io.atomic_write_json(job.receipt_file, {"checkpoint": step, "optimizer": job.config.receipt_optimizer, **found})
 
 
 def _read_receipt(job: Job) -> dict[str, Any] | None:

@@ -61,13 +61,13 @@ def windows(tokens: np.ndarray, size: int) -> list[np.ndarray]:
     return [tokens[first : first + size + 1] for first in range(0, len(tokens) - 1, size)]
 
 
-def choose(config: InfluenceConfig, source: str, shard: Any) -> Chosen:
+def choose(config: InfluenceConfig, source: str, shard: Any, purpose: str = "influence") -> Chosen:
     """Draw documents of a training split in keyed order: asking for more later keeps those drawn now.
 
-    Raises DataError when none is long enough.
+    purpose: part of the key. Raises DataError when none is long enough.
     """
-    order = generator(config.seed or 0, "influence documents", source).permutation(len(shard))
-    places = generator(config.seed or 0, "influence windows", source).random(len(shard))
+    order = generator(config.seed or 0, f"{purpose} documents", source).permutation(len(shard))
+    places = generator(config.seed or 0, f"{purpose} windows", source).random(len(shard))
     fits = np.asarray(shard.lengths)[order] >= config.min_tokens if len(shard) else np.zeros(0, bool)
     if not fits.any():
         raise DataError(

@@ -243,7 +243,7 @@ def _teacher(recipe: Recipe, config: Any) -> ModelConfig | None:
 
 def _influence(recipe: Recipe, step: str) -> dict[str, Any]:
     """Forwards of the engine: per checkpoint, a gradient of the probes (3), those of every document (folds: see `fold_documents`), of
-    the rows scored twice, and the receipt."""
+    the rows scored twice or by kinds of parameters, of the curvature's documents, and the receipt."""
     config: Any = recipe.steps[step]
     probe: Any = recipe.steps[config.inputs.probe]
     model = model_of(recipe, config.inputs.checkpoint)
@@ -253,6 +253,9 @@ def _influence(recipe: Recipe, step: str) -> dict[str, Any]:
     split = 0 if config.probe_folds == 1 else documents // config.documents * (config.fold_documents or config.documents)
     receipt = config.validity.batches * (3 * config.validity.documents * length + look) + (look if config.validity.batches else 0)
     check = config.check_forwards(capabilities) * min(config.fd_check_documents, documents)
+    check += config.share_forwards(capabilities) * min(config.share_documents, documents)
+    estimated = config.curvature_forwards(capabilities * (config.probe_folds + (config.probe_folds > 1)))
+    check += estimated * config.curvature.documents * documents // config.documents
     scores = config.scoring_forwards(capabilities * config.probe_folds) * split + config.scoring_forwards(capabilities) * (documents - split)
     forwards = config.checkpoints * (3 * look + (scores + check) * length + receipt)
     notes = ["FLOPs: at most, for documents of full length"]

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_r1.artifacts.base import Artifact, Parent
 from megatron_r1.artifacts.checkpoint import CheckpointSet
 from megatron_r1.artifacts.influence import Cell as StoredCell
-from megatron_r1.artifacts.influence import InfluenceRecord, InfluenceTable
+from megatron_r1.artifacts.influence import InfluenceRecord, InfluenceTable, column
 from megatron_r1.artifacts.mixture import load_mixture
 from megatron_r1.artifacts.probe import load_probe
 from megatron_r1.data.shards import SOURCES_FILE, SourceRecord
@@ -204,12 +204,20 @@ def _influence(artifact: Artifact, step: Step) -> Influence:
         joint={source: _cell(cell) for source, cell in record.joint.items()},
         normalise=record.normalise,
         preconditioner=record.preconditioner,
+        parameters=record.parameters if isinstance(record.parameters, str) else ", ".join(record.parameters),
+        shares=_score_shares(record),
         confidence=record.confidence,
         covers=tuple(record.interval_covers),
         reliabilities=_reliabilities(record),
         validity=record.validity,
         notes=tuple(record.notes),
     )
+
+
+def _score_shares(record: InfluenceRecord) -> dict[str, dict[str, float]]:
+    last = record.checkpoints[-1].step
+    found = {name: record.directions.get(column(name, last)) for name in record.capabilities}
+    return {name: dict(line.score_shares) for name, line in found.items() if line is not None and line.score_shares}
 
 
 def _reliabilities(record: InfluenceRecord) -> tuple[Reliable, ...]:

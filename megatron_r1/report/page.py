@@ -226,7 +226,7 @@ def heat_map(run: Run, influence: Influence) -> dict[str, Any]:
     return {
         "influence": influence,
         "unit": unit,
-        "scale": (influence.normalise, influence.preconditioner, influence.covers),
+        "scale": (influence.normalise, influence.preconditioner, influence.parameters, influence.covers),
         "rows": rows,
         "reliability": reliability_rows(influence.reliabilities),
     }

@@ -137,6 +137,8 @@ class Influence:
     joint: Mapping[str, Cell]
     normalise: str
     preconditioner: str
+    parameters: str  # all, embeddings, or the patterns
+    shares: Mapping[str, Mapping[str, float]]  # capability -> kind of parameter -> share of the scores' variance, last checkpoint
     confidence: float
     covers: tuple[str, ...]
     reliabilities: tuple[Reliable, ...]

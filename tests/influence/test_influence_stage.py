@@ -253,6 +253,56 @@ def test_without_preconditioner_no_optimizer_state_is_needed(world: World, tmp_p
     assert record.sources["left"]["left"].mean > 0
 
 
+@pytest.mark.parametrize("preconditioner", ["datainf"])
+def test_estimated_curvature_is_recorded_and_repeats_byte_for_byte(world: World, tmp_path: Path, preconditioner: str) -> None:
+    few = {
+        "documents": 8,
+        "checkpoints": 1,
+        "sources": ["left", "right", "shuffled"],
+        "preconditioner": preconditioner,
+        "curvature": {"documents": 6},
+        "validity": {"batches": 4},
+        "normalise": "self",
+    }
+    artifact = score(influence_config(**few), world, tmp_path / "one")
+    assert digests(score(influence_config(**few), world, tmp_path / "two").path) == digests(artifact.path)
+    record = InfluenceTable.open(artifact).record
+    curvature = record.curvature
+    assert curvature is not None
+    assert curvature.documents == {"left": 6, "right": 6, "shuffled": 6}
+    (damping,) = curvature.damping.values()
+    assert all(value > 0 for value in damping.values())
+    assert len(damping) == 14
+    assert record.eps is None
+    assert record.validity is not None
+    assert record.validity["optimizer"] == "trainer"
+    for name in ("left", "right"):
+        assert record.sources[name][name].mean > 0 > record.sources["shuffled"][name].mean
+        shares = record.directions[f"{name}@240"].score_shares
+        assert shares is not None
+        assert sum(shares.values()) == pytest.approx(1.0)
+        assert set(shares) == {"embedding", "norm", "attention", "ffn"}
+
+
+def test_embeddings_alone_can_be_scored(world: World, tmp_path: Path) -> None:
+    few = {"documents": 4, "checkpoints": 1, "sources": ["left", "right"], "validity": {"batches": 0}}
+    found = score(influence_config(**few, parameters="embeddings"), world, tmp_path)
+    record = InfluenceTable.open(found).record
+    assert record.scored_parameters == ["embedding.word_embeddings.weight"]
+    assert "1 tensors" in record.notes[-1]
+    assert {k for d in record.directions.values() for k, v in d.energy.items() if v} == {"embedding"}
+    with pytest.raises(ConfigError, match=r"linear_fc2[\s\S]*matches none of 14"):
+        score(influence_config(**few, parameters=["*linear_fc3*"]), world, tmp_path)
+
+
+def test_the_receipt_can_take_another_optimizers_step(world: World, tmp_path: Path) -> None:
+    few = {"documents": 6, "checkpoints": 1, "sources": ["left", "right"]}
+    found = score(influence_config(**few, validity={"batches": 3, "optimizer": "sgd"}), world, tmp_path)
+    validity = InfluenceTable.open(found).record.validity
+    assert validity is not None
+    assert validity["optimizer"] == "sgd"
+
+
 def test_refusals(world: World, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"at least 3 trained checkpoints[\s\S]*found: 2"):
         score(influence_config(checkpoints=3), world, tmp_path)

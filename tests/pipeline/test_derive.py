@@ -173,8 +173,9 @@ def test_influence_cost(plans: dict[str, StepPlan]) -> None:
     gradients = 3 * 2 * 10  # 2 capabilities of 10 windows, forward and backward
     scoring = (2 + 2) * (2 * 20)  # forward, half a backward and a product per capability over 20 documents of 2 sources
     check = ((2 + 2) + 2 * 2) * 5  # and finite differences
+    shares = (2 + 4 * 2) * 24  # along each kind of parameter alone
     receipt = 3 * (3 * 4 + 2 * 10) + 2 * 10
-    assert plan.flops == 2 * (gradients + scoring + check + receipt) * nano_forward(32)
+    assert plan.flops == 2 * (gradients + scoring + check + shares + receipt) * nano_forward(32)
     assert plan.tokens == 2 * 20 * 32
 
 
@@ -187,10 +188,26 @@ def test_influence_cost_with_folds_on_a_part_of_the_documents(tmp_path: Path, en
     gradients = 3 * 2 * 10
     # 5 documents of each source along 4 folds, 15 along the whole probe; then the rows that are scored twice
     scoring, check = (2 + 8) * 2 * 5 + (2 + 2) * 2 * 15, ((2 + 2) + 2 * 2) * 5
+    shares = (2 + 4 * 2) * 24
     if engine == "finite_differences":
         scoring, check = 2 * 2 * (4 * 2 * 5 + 2 * 15), 4 * (2 * 4) * 5
+        shares = 2 * 4 * 2 * 24
     receipt = 3 * (3 * 4 + 2 * 10) + 2 * 10
-    assert plan.flops == 2 * (gradients + scoring + check + receipt) * nano_forward(32)
+    assert plan.flops == 2 * (gradients + scoring + check + shares + receipt) * nano_forward(32)
+
+
+def test_influence_cost_with_datainf(tmp_path: Path) -> None:
+    path = tmp_path / "datainf.yaml"
+    path.write_text(RECIPE, "utf-8")
+
+    def flops(*changes: str) -> float:
+        found = derive(load_recipe(path, [f"steps.influence.{change}" for change in changes]))
+        return next(plan.flops for plan in found if plan.step == "influence") / nano_forward(32)
+
+    # Forward and backward of 16 documents of 2 sources for the norms, and once more for each capability.
+    assert flops("preconditioner=datainf") - flops() == 2 * 3 * (1 + 2) * 2 * 16
+    more = flops("preconditioner=datainf", "probe_folds=4", "curvature.documents=4") - flops("probe_folds=4")
+    assert more == 2 * 3 * (1 + 2 * 5) * 2 * 4
 
 
 def test_shares_of_every_method(tmp_path: Path) -> None:

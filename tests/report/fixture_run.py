@@ -107,7 +107,7 @@ class FixtureRun:
                 rows[source][capability] = Cell(mean=mean, interval=(mean - 0.2, mean + 0.23), documents=48, tokens=48 * 255, ess=21.7, positive=0.5 + 0.4 * math.tanh(mean))
         joint = {s: Cell(mean=float(np.mean([c.mean for c in r.values()])), interval=(-1.0, 1.0), documents=48, tokens=12240, ess=20.0, positive=0.6) for s, r in rows.items()}
         steps = (60, 120)
-        direction = Direction(probe_loss=5.0, gradient_norm=1.0, direction_norm=2.0, self_influence=0.1, step=1e-4, energy={"embedding": 1.0}, rms=0.01)
+        direction = Direction(probe_loss=5.0, gradient_norm=1.0, direction_norm=2.0, self_influence=0.1, step=1e-4, energy={"embedding": 1.0}, score_shares={"embedding": 1.07, "norm": -0.07}, rms=0.01)
         record = InfluenceRecord(
             capabilities=list(CAPABILITIES), checkpoints=[ScoredCheckpoint(step=s, tokens=s * 8192, alpha=s / sum(steps)) for s in steps],
             preconditioner="adam", eps=1e-8, fd_epsilon=3e-4, score_unit="window", tokens_per_document=256, folds=1, probe_sha256="cd" * 32, normalise="rms",

@@ -106,6 +106,12 @@ def test_without_a_filter_the_verdict_is_not_there(whole: FixtureRun) -> None:
     assert "beats_control" not in {v.key for v in judge(collect(whole.artifacts.values()))}
 
 
+def test_the_page_says_which_parameters_carry_the_scores(report: Artifact) -> None:
+    text = text_of(report)
+    assert "embedding 107 %, norm -7 %" in text
+    assert "scaled as the trainer" in text
+
+
 def test_reliability_in_words() -> None:
     rows = reliability_rows([Reliable("sources", "documents", "code", None, 5, None), Reliable("sources", "documents", "joint", None, 5, None),
                              Reliable("documents", "probe", "joint", -0.1, 48, None)])  # fmt: skip
