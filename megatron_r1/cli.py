@@ -26,6 +26,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--runs-dir", type=Path, default=Path(os.environ.get("MEGATRON_R1_RUNS", "runs")), help="where runs are kept (default: runs)")
     run.add_argument("--verify", choices=("full", "sizes", "none"), default="full", help="how complete steps are checked before they are skipped")
     run.add_argument("--dry-run", action="store_true", help="print the resolved recipe, derived values and what each step would do; run nothing")
+    run.add_argument("--devices", type=int, default=1, metavar="N", help="with --dry-run and --tflops: devices that share the work (default: 1)")
+    run.add_argument("--tflops", type=float, metavar="X", help="with --dry-run: TFLOP/s one device sustains (read it from a training log); adds hours to every step")
     run.add_argument("--explain", metavar="KEY", help="tell what a setting means and where its value came from; run nothing")
     run.set_defaults(action=_run)
 
@@ -79,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         from megatron_r1.pipeline.plan import print_plan
 
-        print_plan(recipe, options.runs_dir)
+        print_plan(recipe, options.runs_dir, options.devices, options.tflops)
         return 0
     from megatron_r1.pipeline.runner import run_recipe
     from megatron_r1.pipeline.summary import print_summary

@@ -22,7 +22,7 @@ from megatron_r1.pipeline.recipe import Recipe
 from megatron_r1.utils.errors import R1Error
 from megatron_r1.utils.logging import human
 
-FP32 = 4
+FP32, FLOAT64 = 4, 8
 BYTES_PER_TRAINED_PARAMETER = 3 * FP32
 """A checkpoint holds the fp32 weights and Adam's two fp32 moments."""
 TOP_K_BYTES = 2 + 4
@@ -44,6 +44,19 @@ class SourcePlan:
     def epochs(self) -> float | None:
         """Passes over the source."""
         return self.tokens / self.pool if self.tokens is not None and self.pool else None
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What the machines do."""
+
+    devices: int
+    tflops: float
+    """Sustained 10^12 FLOP/s of one device, in the sense of `ModelConfig.flops_per_token`."""
+
+    def hours(self, flops: float) -> float:
+        """All devices working together, without waiting for each other."""
+        return flops / (self.devices * self.tflops * 1e12) / 3600
 
 
 @dataclass(frozen=True)
@@ -259,11 +272,13 @@ def _influence(recipe: Recipe, step: str) -> dict[str, Any]:
     scores = config.scoring_forwards(capabilities * config.probe_folds) * split + config.scoring_forwards(capabilities) * (documents - split)
     forwards = config.checkpoints * (3 * look + (scores + check) * length + receipt)
     notes = ["FLOPs: at most, for documents of full length"]
+    folds = config.probe_folds if config.probe_folds > 1 else 0
+    stored = documents * config.checkpoints * capabilities * (1 + folds) * FLOAT64
     if config.score_unit == "document":
         notes = ["FLOPs: whole documents are scored; counted here as one window each, so more in proportion to their length"]
     return {
         "parameters": model.parameters(), "non_embedding_parameters": model.non_embedding_parameters(), "tokens": documents * length,
-        "flops": forwards * model.flops_per_token(length, training=False), "notes": tuple(notes),
+        "flops": forwards * model.flops_per_token(length, training=False), "sizes": {"scores": stored}, "notes": tuple(notes),
     }
 
 
@@ -281,17 +296,26 @@ def _export(recipe: Recipe, step: str) -> dict[str, Any]:
 # -------------------------------------------------------------------- printing
 
 
-def print_plans(plans: Iterable[StepPlan], console: Console) -> None:
+def print_plans(plans: Iterable[StepPlan], console: Console, rate: Rate | None = None) -> None:
     """Two tables: the steps, and what every source gives to every phase; then one line per step on what it would do."""
     plans = list(plans)
-    steps = Table("step", "stage", *_right("parameters", "sequences a step", "steps", "tokens", "FLOPs", "on disk"), title="derived values", title_justify="left")
+    hours = [] if rate is None else ["hours"]
+    columns = _right("parameters", "sequences a step", "steps", "tokens", "FLOPs", *hours, "on disk")
+    steps = Table("step", "stage", *columns, title="derived values", title_justify="left")
     for plan in plans:
         batch = "" if plan.sequences_per_step is None else f"{plan.sequences_per_step:,}"
+        time = [] if rate is None else ["" if plan.flops is None else f"{rate.hours(plan.flops):.3g}"]
         steps.add_row(
             plan.step, plan.stage, _count(plan.parameters), batch, _count(plan.steps), "" if plan.tokens is None else human(plan.tokens),
-            "" if plan.flops is None else f"{plan.flops:.3g}", "" if plan.bytes is None else size(plan.bytes),
+            "" if plan.flops is None else f"{plan.flops:.3g}", *time, "" if plan.bytes is None else size(plan.bytes),
         )
     console.print(steps)
+    if rate is not None:
+        known = sum(plan.flops or 0 for plan in plans)
+        console.print(
+            f"hours: FLOPs over {rate.devices} device{'s' * (rate.devices > 1)} at {rate.tflops:g} TFLOP/s each; {rate.hours(known):,.3g} in all, "
+            f"{rate.devices * rate.hours(known):,.3g} device-hours", markup=False, soft_wrap=True,
+        )  # fmt: skip
     data = Table("step", "source", *_right("share", "tokens", "pool", "epochs"), title="sources", title_justify="left")
     trained = [_shares(plan) for plan in plans if plan.stage == "train"]
     for plan in plans:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_r1.pipeline.derive import StepPlan, derive, print_plans, size
+from megatron_r1.cli import main
+from megatron_r1.pipeline.derive import Rate, StepPlan, derive, print_plans, size
 from megatron_r1.pipeline.recipe import load_recipe
 
 RECIPE = """
@@ -210,6 +211,53 @@ def test_influence_cost_with_datainf(tmp_path: Path) -> None:
     assert more == 2 * 3 * (1 + 2 * 5) * 2 * 4
 
 
+def test_influence_of_the_published_size_fits_a_night(tmp_path: Path) -> None:
+    """14 sources of 10,000 documents, three specialised 140M models at 10 checkpoints each: within 8 GPU-hours, in windows of 1,024
+    tokens, at 400 TFLOP/s (two fifths of what an H100's tensor cores do in bf16). A plan, not a measurement."""
+    sources = "".join(f"      s{i}: {{kind: jsonl, path: s{i}, domain: web, expected_tokens: 1B tokens}}\n" for i in range(14))
+    scored = "".join(
+        f"""
+  expert{i}:
+    stage: train
+    inputs: {{shards: corpus}}
+    model: mobilellm_r1_140m
+    sources: uniform
+    budget: 100 steps
+    seq_length: 2048 tokens
+    global_batch: 2048 tokens
+    lr: {{peak: 1e-3}}
+  influence{i}:
+    stage: influence
+    inputs: {{shards: corpus, probe: probe, checkpoint: expert{i}}}
+    documents: 10000
+    tokens_per_document: 1024
+    checkpoints: 10
+""" for i in range(3)
+    )  # fmt: skip
+    path = tmp_path / "published.yaml"
+    path.write_text(
+        f"""
+name: published
+steps:
+  corpus:
+    stage: corpus
+    tokenizer: {{kind: train_bpe, vocab_size: 128256}}
+    sources:
+{sources}
+  probe:
+    stage: probe
+    inputs: {{shards: corpus}}
+    capabilities: {{code: {{sources: {{s0: 1}}}}, math: {{sources: {{s1: 1}}}}, knowledge: {{sources: {{s2: 1}}}}}}
+    documents: 10000
+    tokens_per_document: 1024
+{scored}""", "utf-8",
+    )  # fmt: skip
+    plans = [plan for plan in derive(load_recipe(path)) if plan.stage == "influence"]
+    assert [plan.tokens for plan in plans] == [14 * 10_000 * 1024] * 3
+    assert 1 < sum(Rate(1, 400.0).hours(plan.flops) for plan in plans) < 8
+    assert plans[0].sizes["scores"] == 14 * 10_000 * 10 * 3 * 8
+
+
 def test_shares_of_every_method(tmp_path: Path) -> None:
     path = tmp_path / "methods.yaml"
     path.write_text(RECIPE + """
@@ -249,6 +297,22 @@ def test_table(plans: dict[str, StepPlan]) -> None:
         assert words in printed
     # The mixture and the phase that trains on it have the same rows: printed once.
     assert printed.count("38.4k") == 1
+
+
+def test_hours(plans: dict[str, StepPlan]) -> None:
+    assert Rate(4, 0.5).hours(3600 * 2e12) == 1
+    text = io.StringIO()
+    print_plans(plans.values(), Console(file=text, width=160), Rate(4, 1e-6))
+    assert "hours" in text.getvalue().splitlines()[2]
+    known = sum(plan.flops or 0 for plan in plans.values())
+    assert f"{known / 4e6 / 3600:,.3g} in all" in text.getvalue()
+    assert f"{known / 1e6 / 3600:,.3g} device-hours" in text.getvalue()
+
+
+@pytest.mark.parametrize("wrong", [["--devices", "0"], ["--tflops", "0"], ["--tflops", "nan"]])
+def test_a_speed_that_is_none(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "quickstart", "--dry-run", *wrong]) == 2
+    assert "--tflops above 0" in capsys.readouterr().err
 
 
 def test_size() -> None:
