@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_r1.influence.probe_gradient import norm, require_full_precision
+from megatron_r1.influence.probe_gradient import require_full_precision
 from megatron_r1.influence.rows import Row, RowBatch, TokenLosses, row_sums
+from megatron_r1.influence.space import WHOLE, Space
 from megatron_r1.utils.errors import R1Error
 
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -24,16 +25,16 @@ BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 class FiniteDifference:
     """Scores rows along directions by moving the weights in place; every move is undone bit for bit."""
 
-    def __init__(self, losses: TokenLosses, parameters: Mapping[str, Tensor], relative_step: float) -> None:
+    def __init__(self, losses: TokenLosses, parameters: Mapping[str, Tensor], relative_step: float, space: Space = WHOLE) -> None:
         """`parameters` are the model's own tensors (fp32 or fp64, else CheckpointError); a copy of them is kept."""
         require_full_precision(parameters)
-        self.losses, self.parameters, self.relative_step = losses, dict(parameters), relative_step
+        self.losses, self.parameters, self.relative_step, self.space = losses, dict(parameters), relative_step, space
         self._saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        self.weight_norm = norm(self._saved)
+        self.weight_norm = space.norm(self._saved)
 
     def step(self, direction: Mapping[str, Tensor]) -> float:
         """h such that |h d| = relative_step * |theta|."""
-        return self.relative_step * self.weight_norm / norm(direction)
+        return self.relative_step * self.weight_norm / self.space.norm(direction)
 
     @contextmanager
     def moved(self, direction: Mapping[str, Tensor], h: float) -> Iterator[None]:

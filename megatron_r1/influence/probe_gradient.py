@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.influence.rows import Row, TokenLosses, batches
+from megatron_r1.influence.space import WHOLE, Space
 from megatron_r1.utils.errors import CheckpointError, DataError
 
 Direction = dict[str, Tensor]
@@ -57,19 +58,16 @@ def gradient(
     batch_tokens: int,
     device: torch.device,
     advance: Callable[[int], None] = lambda _: None,
+    space: Space = WHOLE,
 ) -> tuple[Direction, float]:
-    """Gradient and value of sum_i weights[i] * (summed token loss of row i)."""
-    names, leaves = list(parameters), list(parameters.values())
-    total = {name: torch.zeros_like(leaf) for name, leaf in parameters.items()}
+    """Gradient and value of sum_i weights[i] * (summed token loss of row i); fp32, or fp64 for fp64 weights."""
+    total = {name: torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for name, leaf in parameters.items()}
     value = 0.0
     for batch in batches(rows, batch_tokens, device):
-        with torch.enable_grad():
-            per_row = (losses(batch.tensors) * batch.tensors["loss_mask"]).sum(dim=1)
-            loss = (per_row * per_row.new_tensor([weights[i] for i in batch.positions])).sum()
-            parts = torch.autograd.grad(loss, leaves)
-        for name, part in zip(names, parts):
-            total[name].add_(part)
-        value += float(loss.detach())
+        parts, loss = space.differentiate(losses, parameters, batch.tensors, [weights[i] for i in batch.positions])
+        for mine, part in zip(total.values(), parts):
+            mine.add_(part)
+        value += loss
         advance(3 * batch.padded_tokens)
     return total, value
 
@@ -101,6 +99,7 @@ def fold_gradient(
     batch_tokens: int,
     device: torch.device,
     advance: Callable[[int], None] = lambda _: None,
+    space: Space = WHOLE,
 ) -> ProbeGradient:
     """One part of the probe's gradient (of one part: the whole).
 
@@ -124,8 +123,9 @@ def fold_gradient(
         batch_tokens,
         device,
         advance,
+        space,
     )
-    size = norm(found)
+    size = space.norm(found)
     if not 0 < size < float("inf"):
         raise DataError(
             expected="a finite probe gradient that is not zero",
@@ -137,9 +137,9 @@ def fold_gradient(
 
 def norm(direction: Mapping[str, Tensor]) -> float:
     """Euclidean norm over all parameters."""
-    return sum(float(part.double().pow(2).sum()) for part in direction.values()) ** 0.5
+    return WHOLE.norm(direction)
 
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Inner product over all parameters."""
-    return sum(float((a[name].double() * b[name].double()).sum()) for name in a)
+    return WHOLE.inner(a, b)

@@ -16,7 +16,7 @@ import torch
 from megatron_r1.influence.config import ValidityConfig
 from megatron_r1.influence.finite_difference import FiniteDifference
 from megatron_r1.influence.precondition import Preconditioner
-from megatron_r1.influence.probe_gradient import gradient, norm, row_weights
+from megatron_r1.influence.probe_gradient import gradient, row_weights
 from megatron_r1.influence.rows import Row, batches, padded_tokens
 from megatron_r1.influence.select import Chosen
 from megatron_r1.utils.seeding import generator
@@ -109,10 +109,10 @@ def receipt(
         rows = batch_rows(batch, chosen)
         taught = sum(row.targets for row in rows)
         found, _ = gradient(
-            engine.losses, engine.parameters, rows, [1.0 / taught] * len(rows), batch_tokens, device, advance
+            engine.losses, engine.parameters, rows, [1.0 / taught] * len(rows), batch_tokens, device, advance, engine.space
         )
         direction = trainer(found)
-        eta = config.step * engine.weight_norm / norm(direction)
+        eta = config.step * engine.weight_norm / engine.space.norm(direction)
         with engine.moved(direction, -eta):
             measured.append(before - probe_losses())
         predicted.append(eta * sum(scores[source][place] for source, place in batch) / taught)

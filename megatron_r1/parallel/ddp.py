@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatron_r1.parallel.config import LayoutConfig
@@ -14,6 +15,7 @@ from megatron_r1.parallel.mcore import (
     DistributedDataParallelConfig,
     Float16Module,
     get_model_config,
+    parallel_state,
 )
 
 
@@ -57,3 +59,38 @@ def unwrap(chunk: nn.Module) -> nn.Module:
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
+
+
+def owned(chunks: Sequence[nn.Module], ctx: ParallelContext) -> set[int]:
+    """id() of the parameters that count as this process', so that every number of a model copy's weights counts exactly once.
+
+    Gains that every tensor-parallel process holds count on the first; the last stage's copy of a tied embedding does not.
+    """
+    copies = {id(tied) for tied in _tied(chunks, ctx) if not ctx.is_first_stage}
+    return {
+        id(p)
+        for chunk in chunks
+        for p in chunk.parameters()
+        if id(p) not in copies and (ctx.tensor_rank == 0 or getattr(p, "tensor_model_parallel", False))
+    }
+
+
+def complete_gradients(chunks: Sequence[nn.Module], ctx: ParallelContext) -> None:
+    """Add up the parts of `.grad` that one model copy's processes have of the same numbers; in place, collective.
+
+    For chunks that are not wrapped (megatron-core's `finalize_model_grads` does it for those that are): gains under sequence
+    parallelism, where each process saw its own tokens, and a tied embedding on the first and last stage of a pipeline.
+    """
+    for chunk in chunks:
+        for p in chunk.parameters():
+            if p.grad is not None and getattr(p, "sequence_parallel", False):
+                ctx.all_reduce_sum(p.grad, over="tensor")
+    for p in _tied(chunks, ctx):
+        if ctx.is_first_stage or ctx.is_last_stage:
+            dist.all_reduce(p.grad, group=parallel_state.get_embedding_group())
+
+
+def _tied(chunks: Sequence[nn.Module], ctx: ParallelContext) -> list[nn.Parameter]:
+    """This process' weight that is the same as one on another stage, if it has one."""
+    ends = [chunk for chunk in map(unwrap, chunks) if chunk.share_embeddings_and_output_weights and (chunk.pre_process or chunk.post_process)]
+    return [end.shared_embedding_or_output_weight() for end in ends] if ctx.pipeline_size > 1 else []

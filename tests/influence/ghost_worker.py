@@ -1,4 +1,4 @@
-"""One rank: ghost scores under every layout it is told, one after the other."""
+"""One rank: scores of both engines, and a probe gradient, under every layout it is told, one after the other."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
-from scenarios import MODEL  # noqa: E402
+from scenarios import MODEL
 
-from megatron_r1.influence.ghost import Ghost  # noqa: E402
-from megatron_r1.influence.rows import Row  # noqa: E402
-from megatron_r1.model.build import build_model, cut, global_names  # noqa: E402
-from megatron_r1.parallel import context  # noqa: E402
-from megatron_r1.parallel.config import LayoutConfig  # noqa: E402
-from megatron_r1.utils.seeding import derive_seed  # noqa: E402
+from megatron_r1.influence.finite_difference import FiniteDifference
+from megatron_r1.influence.ghost import Ghost
+from megatron_r1.influence.probe_gradient import fold_gradient
+from megatron_r1.influence.rows import Row, batches
+from megatron_r1.influence.space import Sharded, space_of
+from megatron_r1.model.build import build_model, cut, global_names
+from megatron_r1.model.forward import token_losses
+from megatron_r1.parallel import context
+from megatron_r1.parallel.config import LayoutConfig
+from megatron_r1.utils.seeding import derive_seed
 
 DIRECTIONS = 3
 
@@ -29,8 +33,9 @@ def rows() -> list[Row]:
     return [Row(i, draw.integers(0, MODEL.vocab_size, int(draw.integers(3, 40)))) for i in range(14)]
 
 
-def scored(layout: LayoutConfig, tied: bool = True, recompute: bool = False, double: bool = False) -> list[list[float]]:
-    """[rows, K] along the same directions whatever the layout; data-parallel ranks take turns with the rows, zeros for the others'."""
+def scored(layout: LayoutConfig, tied: bool = True, recompute: bool = False, double: bool = False) -> dict[str, Any]:
+    """ghost: [rows, K + 1] along the same directions whatever the layout, and along a probe gradient G; data-parallel ranks take
+    turns with the rows, zeros for the others'. differences: [rows] along G. loss, norm: of the probe, and |G|."""
     ctx = context.initialize(layout, seed=0)
     chunks = build_model(MODEL.replace(tied_embeddings=tied), ctx, seed=3, recompute=recompute)
     for chunk in chunks:
@@ -45,9 +50,17 @@ def scored(layout: LayoutConfig, tied: bool = True, recompute: bool = False, dou
     lines = [_direction(chunks, ctx, k) for k in range(DIRECTIONS)]
     every = rows()
     mine = list(range(len(every)))[ctx.data_rank :: ctx.data_size]
-    found = np.zeros((len(every), DIRECTIONS))
-    found[mine] = engine.scores(lines, engine.pack([every[i] for i in mine], 96))
-    return found.tolist()
+    space = space_of(chunks, ctx)
+    losses = space.losses if isinstance(space, Sharded) else lambda batch: token_losses(chunks, batch)
+    if double and layout.pipeline > 1:
+        raise AssertionError("stages exchange fp32")
+    probe = fold_gradient(losses, engine.parameters, every[:5], 0, 1, "documents", 96, ctx.device, space=space)
+    found = np.zeros((len(every), DIRECTIONS + 1))
+    found[mine] = engine.scores([*lines, probe.gradient], engine.pack([every[i] for i in mine], 96))
+    differences = FiniteDifference(losses, engine.parameters, 1e-4, space)
+    moved = differences.scores(probe.gradient, batches(every, 96, ctx.device))
+    differences.verify_restored()
+    return {"ghost": found.tolist(), "differences": moved.tolist(), "loss": probe.loss, "norm": space.norm(probe.gradient)}
 
 
 def _gain(name: str) -> torch.Tensor:

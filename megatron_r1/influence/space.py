@@ -1,0 +1,122 @@
+"""Where the gradients of a model live: all in this process, or in parts on the processes that hold one copy of it together.
+
+Everything else computes with parts by name. What needs to know of the others is here: losses, gradients, inner products.
+
+Legend: b rows, s tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_r1.influence.rows import Batch, TokenLosses
+from megatron_r1.model.forward import token_losses
+from megatron_r1.model.taps import parameters_of
+from megatron_r1.parallel.context import ParallelContext
+from megatron_r1.parallel.ddp import complete_gradients, owned, unwrap
+from megatron_r1.parallel.schedule import forward_backward
+
+
+class Space:
+    """A whole model in this process."""
+
+    def inner(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+        """<a, b> over all parameters of the model, each once."""
+        return sum(float((a[name].double() * b[name].double()).sum()) for name in a)
+
+    def norm(self, a: Mapping[str, Tensor]) -> float:
+        """Euclidean norm over all parameters."""
+        return self.inner(a, a) ** 0.5
+
+    def union(self, values: Iterable[str]) -> list[str]:
+        """What any process has, in order."""
+        return sorted(set(values))
+
+    def differentiate(
+        self, losses: TokenLosses, parameters: Mapping[str, Tensor], batch: Batch, weights: Sequence[float]
+    ) -> tuple[Iterable[Tensor], float]:
+        """(gradients of the parameters, value) of sum_i weights[i] * (summed token loss of row i), b weights."""
+        with torch.enable_grad():
+            loss = _weighted(losses(batch), batch, weights)
+            return torch.autograd.grad(loss, list(parameters.values())), float(loss.detach())
+
+
+WHOLE = Space()
+
+
+class Sharded(Space):
+    """A model cut over tensor- and pipeline-parallel processes. Every call is collective over its copy; results are the same on all."""
+
+    def __init__(self, chunks: Sequence[nn.Module], ctx: ParallelContext) -> None:
+        """`chunks`: this process' bare chunks."""
+        self.chunks, self.ctx = list(chunks), ctx
+        self.parameters = parameters_of(chunks)
+        mine = owned(chunks, ctx)
+        self._counts = {name for name, parameter in self.parameters.items() if id(parameter) in mine}
+
+    def inner(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+        here = super().inner({name: part for name, part in a.items() if name in self._counts}, b)
+        return float(self.ctx.all_reduce_sum(torch.tensor(here, dtype=torch.float64, device=self.ctx.device), over="model"))
+
+    def union(self, values: Iterable[str]) -> list[str]:
+        return sorted(set().union(*self.ctx.gather_objects(sorted(set(values)))))
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Token losses [b, s] without gradients."""
+        batch, length = self._padded(batch)
+
+        def step(stream: Iterator[Batch], chunk: nn.Module) -> Any:
+            nothing = torch.zeros((), dtype=torch.int, device=self.ctx.device)
+            return token_losses(chunk, next(stream)), lambda out: (out.sum(), nothing, {"losses": out})
+
+        reports = self._run(step, batch, forward_only=True)
+        found = reports[0]["losses"].contiguous() if reports else torch.empty(batch["tokens"].shape, device=self.ctx.device)
+        return self.ctx.from_last_stage(found)[:, :length]
+
+    def differentiate(
+        self, losses: TokenLosses, parameters: Mapping[str, Tensor], batch: Batch, weights: Sequence[float]
+    ) -> tuple[Iterable[Tensor], float]:
+        batch, _ = self._padded(batch)
+
+        def step(stream: Iterator[Batch], chunk: nn.Module) -> Any:
+            own = next(stream)
+            nothing = torch.zeros((), dtype=torch.int, device=self.ctx.device)
+            return token_losses(chunk, own), lambda out: (_weighted(out, own, weights), nothing, {})
+
+        with torch.enable_grad():
+            reports = self._run(step, batch, forward_only=False)
+        complete_gradients(self.chunks, self.ctx)
+        found = [self.parameters[name].grad for name in parameters]
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        value = torch.stack([report["loss_sum"] for report in reports]).sum() if reports else torch.zeros((), device=self.ctx.device)
+        return found, float(self.ctx.from_last_stage(value))
+
+    def _run(self, step: Any, batch: Batch, forward_only: bool) -> list[dict[str, Tensor]]:
+        """One batch through the pipeline. The interleaved schedule wants as many as there are stages: copies in which nothing counts."""
+        blank = batch | {"loss_mask": torch.zeros_like(batch["loss_mask"])}
+        blanks = self.ctx.pipeline_size - 1 if self.ctx.layout.virtual_pipeline else 0
+        b, s = batch["tokens"].shape
+        return forward_backward(self.ctx, self.chunks, step, iter([batch] + [blank] * blanks), 1 + blanks, s, b, forward_only)
+
+    def _padded(self, batch: Batch) -> tuple[Batch, int]:
+        """Masked tokens at the end, so that sequences can be cut in equal pieces; and the length before."""
+        length = batch["tokens"].shape[1]
+        layout = self.ctx.layout
+        missing = -length % layout.tensor if layout.sequence_parallel else 0
+        return {name: F.pad(tensor, (0, missing)) for name, tensor in batch.items()} if missing else batch, length
+
+
+def space_of(chunks: Sequence[nn.Module], ctx: ParallelContext) -> Space:
+    """Where gradients of these chunks live."""
+    return Sharded([unwrap(chunk) for chunk in chunks], ctx) if ctx.layout.model_parallel() > 1 else WHOLE
+
+
+def _weighted(losses: Tensor, batch: Batch, weights: Sequence[float]) -> Tensor:
+    per_row = (losses * batch["loss_mask"]).sum(dim=1)
+    return (per_row * per_row.new_tensor(weights)).sum()
