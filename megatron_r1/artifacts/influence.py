@@ -50,7 +50,7 @@ class Direction(Frozen):
     gradient_norm: float = Field(description="Euclidean norm of the probe gradient G")
     direction_norm: float = Field(description="Euclidean norm of P G")
     self_influence: float = Field(description="<G, P G>: what a step on the probe itself would give, per unit step")
-    step: float = Field(description="finite-difference step h along P G")
+    step: float | None = Field(description="finite-difference step h along P G; null where no weights were moved")
     truncation: float | None = Field(
         default=None, description="engine finite_differences: estimated relative error from curvature, on the checked rows"
     )

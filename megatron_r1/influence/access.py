@@ -1,4 +1,4 @@
-"""The one place where influence meets the runtime: a checkpoint becomes a loss function and named fp32 weights."""
+"""The one place where influence meets the runtime: a checkpoint becomes a loss function and named weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from megatron_r1.artifacts.checkpoint import CheckpointInfo, CheckpointSet
 from megatron_r1.influence.config import InfluenceConfig
 from megatron_r1.influence.precondition import Adam, Identity, Preconditioner
 from megatron_r1.influence.rows import Batch, TokenLosses
+from megatron_r1.influence.space import Sharded, Space, space_of
 from megatron_r1.model.forward import token_losses
 from megatron_r1.model.load import load_model
+from megatron_r1.model.taps import parameters_of
 from megatron_r1.parallel.checkpoint import load_second_moment
 from megatron_r1.parallel.config import LayoutConfig
 from megatron_r1.parallel.context import ParallelContext, initialize
@@ -24,36 +26,36 @@ class LoadedCheckpoint:
     chunks: list[nn.Module]
     losses: TokenLosses
     parameters: dict[str, Tensor]
+    space: Space
     preconditioner: Preconditioner  # P of the score, for those that are not estimated from documents
     trainer: Preconditioner  # P of the trainer's own step
     eps: float | None
 
 
-def context(seed: int) -> ParallelContext:
-    """Process groups with a whole model on every process; several processes share the partitions among them."""
-    return initialize(LayoutConfig(), seed)
+def context(layout: LayoutConfig, seed: int) -> ParallelContext:
+    """Process groups; several copies of the model share the partitions among them."""
+    return initialize(layout, seed)
 
 
 def load(checkpoints: CheckpointSet, point: CheckpointInfo, ctx: ParallelContext, config: InfluenceConfig) -> LoadedCheckpoint:
-    """Load weights in fp32, and the optimizer's second moment when P or the receipt needs it.
+    """Load weights, and the optimizer's second moment when P or the receipt needs it.
 
     Raises CheckpointError when it is not there.
     """
-    chunks = load_model(point, ctx, precision="fp32")
-    (model,) = chunks
-    model.eval().requires_grad_(True)
-    parameters = dict(model.named_parameters())
+    chunks = load_model(point, ctx, precision=config.precision)
+    parameters, space = parameters_of(chunks), space_of(chunks, ctx)
 
-    def losses(batch: Batch) -> Tensor:
-        return token_losses(model, batch)
+    def whole(batch: Batch) -> Tensor:
+        return token_losses(chunks, batch)
 
+    losses = space.losses if isinstance(space, Sharded) else whole
     if config.preconditioner != "adam" and not (config.validity.batches and config.receipt_optimizer == "trainer"):
-        return LoadedCheckpoint(chunks, losses, parameters, Identity(), Identity(), None)
+        return LoadedCheckpoint(chunks, losses, parameters, space, Identity(), Identity(), None)
     moment, step = load_second_moment(point.path, chunks, ctx)
     beta2, own = float(checkpoints.optimizer["beta2"]), float(checkpoints.optimizer["eps"])
     adam = Adam(moment, step, beta2, own)
     trainer = adam if config.receipt_optimizer == "trainer" else Identity()
     if config.preconditioner != "adam":
-        return LoadedCheckpoint(chunks, losses, parameters, Identity(), trainer, None)
+        return LoadedCheckpoint(chunks, losses, parameters, space, Identity(), trainer, None)
     chosen = adam if config.eps is None or config.eps == own else Adam(moment, step, beta2, config.eps)
-    return LoadedCheckpoint(chunks, losses, parameters, chosen, trainer, own if config.eps is None else config.eps)
+    return LoadedCheckpoint(chunks, losses, parameters, space, chosen, trainer, own if config.eps is None else config.eps)

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from megatron_r1.config.base import Frozen, StageConfig, StepName
 from megatron_r1.config.units import Tokens
+from megatron_r1.parallel.config import LayoutConfig
 
 PARAMETER_KINDS = 4  # embedding, attention, ffn, norm: influence.groups
 
@@ -189,6 +190,21 @@ class InfluenceConfig(StageConfig):
         description="documents per resumable partition: an interrupted run loses at most the partition in work",
     )
     validity: ValidityConfig = Field(default=ValidityConfig(), description="the receipt")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="type of the weights. bf16 (ghost only): half the memory; scores are rounded as training in bf16 rounds its "
+        "gradients, and nothing can be checked by moving weights: needs fd_check_documents: 0 and validity: {batches: 0}",
+    )
+    layout: LayoutConfig = Field(
+        default=LayoutConfig(),
+        description="tensor, sequence and pipeline parallelism of one model copy; copies share the partitions. Any layout loads any "
+        "checkpoint and gives the same scores. Cut models: preconditioner none or adam, parameters: all",
+    )
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether finite differences are needed: to score, to check, or for the receipt."""
+        return self.engine == "finite_differences" or self.fd_check_documents > 0 or self.validity.batches > 0
 
     def scoring_forwards(self, directions: int) -> int:
         """Forwards per token that scoring along so many directions takes. A product with all weights is one: a backward that leaves
@@ -202,6 +218,24 @@ class InfluenceConfig(StageConfig):
         if self.engine == "finite_differences":
             return 4 * capabilities * self.probe_folds
         return self.scoring_forwards(capabilities) + 2 * capabilities
+
+    @model_validator(mode="after")
+    def _engine(self) -> InfluenceConfig:
+        if self.precision == "bf16" and (self.engine != "ghost" or self.fd_check_documents or self.validity.batches):
+            raise ValueError(
+                "precision bf16: differences of bf16 weights are rounding; set engine: ghost, fd_check_documents: 0 and "
+                "validity: {batches: 0}, or use fp32"
+            )
+        if self.layout.context > 1:
+            raise ValueError(f"layout: scores under context parallelism (context: {self.layout.context}) are not built; use tensor or pipeline")
+        if self.layout.distributed_optimizer or self.layout.overlap:
+            raise ValueError("layout: distributed_optimizer and overlap are for training; scoring has no optimizer")
+        if self.layout.model_parallel() > 1 and (self.parameters != "all" or self.preconditioner not in ("none", "adam")):
+            raise ValueError(
+                f"layout: preconditioner {self.preconditioner} with parameters {self.parameters} is built for a model that is whole in "
+                "every process; use none or adam with parameters: all, or tensor: 1 and pipeline: 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch(self) -> InfluenceConfig:
@@ -242,5 +276,5 @@ def describe(config: InfluenceConfig) -> str:
         f"score {config.documents} documents of {which}, up to {config.tokens_per_document} tokens each, at "
         f"{config.checkpoints} "
         f"checkpoint{'' if config.checkpoints == 1 else 's'} (preconditioner {config.preconditioner}{part}{folds}, engine "
-        f"{config.engine}, fp32)"
+        f"{config.engine}, {config.precision})"
     )

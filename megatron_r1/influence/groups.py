@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_r1.influence.precondition import Preconditioner
 from megatron_r1.influence.probe_gradient import Direction
+from megatron_r1.influence.space import WHOLE, Space
 from megatron_r1.utils.errors import ConfigError, DataError
 
 GROUPS = (
@@ -81,23 +82,20 @@ def only(gradient: Mapping[str, Tensor], kept: Iterable[str]) -> Direction:
     return {name: part if name in names else torch.zeros_like(part) for name, part in gradient.items()}
 
 
-def energy_shares(gradient: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> dict[str, float]:
+def energy_shares(gradient: Mapping[str, Tensor], direction: Mapping[str, Tensor], space: Space = WHOLE) -> dict[str, float]:
     """Share of <G, P G> by group; the shares sum to 1."""
-    parts: dict[str, float] = {}
-    for name, part in gradient.items():
-        group = group_of(name)
-        parts[group] = parts.get(group, 0.0) + float((part.double() * direction[name].double()).sum())
+    parts = {
+        group: space.inner({name: part for name, part in gradient.items() if group_of(name) == group}, direction)
+        for group in space.union(map(group_of, gradient))
+    }
     total = sum(parts.values())
     return {group: value / total for group, value in sorted(parts.items())}
 
 
-def by_group(direction: Mapping[str, Tensor]) -> dict[str, Direction]:
+def by_group(direction: Mapping[str, Tensor], space: Space = WHOLE) -> dict[str, Direction]:
     """The direction cut into one for each group with an entry that is not zero. They sum to the whole."""
-    groups: dict[str, list[str]] = {}
-    for name, part in direction.items():
-        if bool(part.any()):
-            groups.setdefault(group_of(name), []).append(name)
-    return {group: only(direction, names) for group, names in sorted(groups.items())}
+    groups = space.union(group_of(name) for name, part in direction.items() if bool(part.any()))
+    return {group: only(direction, (name for name in direction if group_of(name) == group)) for group in groups}
 
 
 def score_shares(scores: Mapping[str, np.ndarray]) -> dict[str, float] | None:

@@ -50,7 +50,7 @@ def run(config: InfluenceConfig, inputs: Mapping[str, Any], work: Workspace) -> 
     )
     require_matching(inputs, shards, probe, checkpoints)
     job = prepare(config, shards, probe, checkpoints, ScoreStore(work.tmp / "partitions"))
-    ctx = access.context(job.seed)
+    ctx = access.context(config.layout, job.seed)
     validity = score(job, checkpoints, ctx)
     if not ctx.is_main:
         return None

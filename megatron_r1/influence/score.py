@@ -1,7 +1,7 @@
 """Scoring: checkpoint by checkpoint, partition by partition; what is finished is never computed again.
 
-Under torchrun every process holds the whole model and computes all directions; the partitions are shared among the
-processes and the receipt is rank 0's.
+Under torchrun every model copy (a process, or those of `layout` together) computes all directions; the partitions are shared among
+the copies and the receipt is the first one's.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from megatron_r1.influence.finite_difference import FiniteDifference, sum_by_uni
 from megatron_r1.influence.ghost import Ghost
 from megatron_r1.influence.groups import FEWEST, by_group, energy_shares, score_shares
 from megatron_r1.influence.job import Job, Partition, direction_tokens, scoring_tokens, totals_at
-from megatron_r1.influence.probe_gradient import Direction, dot, fold_gradient, norm
-from megatron_r1.influence.rows import Row, batches, packed
+from megatron_r1.influence.probe_gradient import Direction, fold_gradient
+from megatron_r1.influence.rows import Row, batches
+from megatron_r1.influence.space import Space
 from megatron_r1.influence.validity import cost, receipt
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.utils import io
@@ -47,13 +48,14 @@ def score(job: Job, checkpoints: CheckpointSet, ctx: ParallelContext) -> dict[st
                 continue
             bar.note(checkpoint=str(point.step))
             loaded = access.load(checkpoints, point, ctx, job.config)
-            engine = FiniteDifference(loaded.losses, loaded.parameters, job.config.fd_epsilon)
+            engine = FiniteDifference(loaded.losses, loaded.parameters, job.config.fd_epsilon, loaded.space) if job.config.moves_weights else None
             if todo or directions:
                 _score_checkpoint(job, point.step, engine, loaded, mine, set(todo), ctx, bar.advance)
             ctx.barrier()
-            if receipts and ctx.is_main:
+            if receipts and engine is not None and ctx.data_rank == 0:
                 _take_receipt(job, point.step, engine, loaded, ctx, bar.advance)
-            engine.verify_restored()
+            if engine is not None:
+                engine.verify_restored()
             ctx.barrier()
     # From here on rank 0 may complete the artifact, which removes the scratch folder.
     return _read_receipt(job) if ctx.is_main else None
@@ -78,7 +80,7 @@ class Lines:
 def _score_checkpoint(
     job: Job,
     step: int,
-    engine: FiniteDifference,
+    engine: FiniteDifference | None,
     loaded: access.LoadedCheckpoint,
     mine: list[Partition],
     todo: set[Partition],
@@ -92,23 +94,26 @@ def _score_checkpoint(
         if partition not in todo:
             advance(scoring_tokens(job, partition))
             continue
-        job.save(step, partition, _score_partition(job, partition, lines, row_scores, advance))
+        scores = _score_partition(job, partition, lines, row_scores, advance)
+        if ctx.leads_copy:
+            job.save(step, partition, scores)
 
 
-def _row_scores(job: Job, engine: FiniteDifference, loaded: access.LoadedCheckpoint, ctx: ParallelContext) -> RowScores:
+def _row_scores(job: Job, engine: FiniteDifference | None, loaded: access.LoadedCheckpoint, ctx: ParallelContext) -> RowScores:
     """The engine that was asked for."""
     config = job.config
+    if config.engine == "finite_differences" and engine is not None:
+        moving = engine
 
-    def by_differences(directions: Sequence[Direction], rows: Sequence[Row], advance: Advance, name: Callable[[int], str]) -> np.ndarray:
-        made = batches(rows, job.tokens, ctx.device)
-        return np.stack([engine.scores(direction, made, advance=advance) for direction in directions], axis=1)
+        def by_differences(directions: Sequence[Direction], rows: Sequence[Row], advance: Advance, name: Callable[[int], str]) -> np.ndarray:
+            made = batches(rows, job.tokens, ctx.device)
+            return np.stack([moving.scores(direction, made, advance=advance) for direction in directions], axis=1)
 
-    if config.engine == "finite_differences":
         return by_differences
     ghost = Ghost(loaded.chunks, ctx)
 
     def by_ghost(directions: Sequence[Direction], rows: Sequence[Row], advance: Advance, name: Callable[[int], str]) -> np.ndarray:
-        made = packed(rows, job.tokens, ctx.device)
+        made = ghost.pack(rows, job.tokens)
         found = []
         for first in range(0, len(directions), config.directions_per_pass):
             some = directions[first : first + config.directions_per_pass]
@@ -150,7 +155,7 @@ def _score_partition(job: Job, partition: Partition, lines: list[Lines], row_sco
 def _directions(
     job: Job,
     step: int,
-    engine: FiniteDifference,
+    engine: FiniteDifference | None,
     row_scores: RowScores,
     loaded: access.LoadedCheckpoint,
     ctx: ParallelContext,
@@ -160,7 +165,7 @@ def _directions(
 
     Fold by fold: at most one fold's gradient and the running sum of them lie on the device at a time.
     """
-    config = job.config
+    config, space = job.config, loaded.space
     lines: list[Lines] = []
     notes: dict[str, dict[str, Any]] = {}
     differences = config.engine == "finite_differences"
@@ -184,9 +189,10 @@ def _directions(
                 job.tokens,
                 ctx.device,
                 advance,
+                loaded.space,
             )
             along = precondition(part.gradient)
-            if check and differences:
+            if check and differences and engine is not None:
                 truncations.append(engine.truncation(along, check, advance))
             weights.append(part.weight)
             loss += part.weight * part.loss
@@ -200,12 +206,12 @@ def _directions(
         lines.append(Lines(whole, folds, np.array(weights)))
         notes[capability] = {
             "probe_loss": loss,
-            "gradient_norm": norm(total),
-            "direction_norm": norm(whole),
-            "self_influence": dot(total, whole),
-            "step": engine.step(whole),
+            "gradient_norm": space.norm(total),
+            "direction_norm": space.norm(whole),
+            "self_influence": space.inner(total, whole),
+            "step": engine.step(whole) if engine is not None else None,
             "truncation": truncation,
-            "energy": energy_shares(total, whole),
+            "energy": energy_shares(total, whole, space),
             "weights": weights,
             "eps": loaded.eps,
         }
@@ -217,7 +223,7 @@ def _directions(
                 step,
                 100 * truncation,
             )
-    if check and not differences:
+    if check and engine is not None and not differences:
         exact = row_scores([line.whole for line in lines], job.check_rows(), advance, "checked row {}".format)
         for capability, line, scores in zip(notes, lines, exact.T):
             off = engine.scores(line.whole, check, advance=advance) - scores
@@ -230,19 +236,19 @@ def _directions(
                     step,
                     100 * agreement,
                 )
-    for note, shares in zip(notes.values(), _score_shares(job, lines, row_scores, advance)):
+    for note, shares in zip(notes.values(), _score_shares(job, lines, row_scores, space, advance)):
         note["score_shares"] = shares
     if ctx.is_main:
         io.atomic_write_json(job.directions_file(step), {"capabilities": notes, "preconditioner": about})
     return lines
 
 
-def _score_shares(job: Job, lines: list[Lines], row_scores: RowScores, advance: Advance) -> list[dict[str, float] | None]:
+def _score_shares(job: Job, lines: list[Lines], row_scores: RowScores, space: Space, advance: Advance) -> list[dict[str, float] | None]:
     """For each capability the share of each kind of parameter in the variance of some documents' scores; None: has no meaning."""
     rows = job.some_rows(job.config.share_documents)
     if len(rows) < FEWEST:
         return [None] * len(lines)
-    pieces = [by_group(line.whole) for line in lines]
+    pieces = [by_group(line.whole, space) for line in lines]
     columns = row_scores([part for piece in pieces for part in piece.values()], rows, advance, "row {} of those for the shares".format).T
     found, first = [], 0
     for piece in pieces:
@@ -273,7 +279,8 @@ def _take_receipt(
         job.seed,
         advance,
     )
-    io.atomic_write_json(job.receipt_file, {"checkpoint": step, "optimizer": job.config.receipt_optimizer, **found})
+    if ctx.is_main:
+        io.atomic_write_json(job.receipt_file, {"checkpoint": step, "optimizer": job.config.receipt_optimizer, **found})
 
 
 def _read_receipt(job: Job) -> dict[str, Any] | None:

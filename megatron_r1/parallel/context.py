@@ -59,6 +59,11 @@ class ParallelContext:
         return self.pipeline_rank == self.layout.pipeline - 1
 
     @property
+    def leads_copy(self) -> bool:
+        """Whether this is the first process of its model copy, the one that writes what the copy made."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0
+
+    @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes files and logs."""
         return self.rank == 0

@@ -1,4 +1,4 @@
-"""One rank of a two-process influence run: `python influence_worker.py <folder>`."""
+"""One rank of influence runs over several processes: `python influence_worker.py <folder>`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def main(folder: Path) -> None:
     """Score, and tell which partitions this rank computed."""
     arguments = json.loads((folder / "arguments.json").read_text())
     inputs = {role: open_artifact(path) for role, path in arguments["inputs"].items()}
-    config = influence_config(**arguments["changes"])
-    saved = []
+    saved: list[list[object]] = []
     save = jobs.Job.save
 
     def noting(self: jobs.Job, step: int, partition: jobs.Partition, scores: object) -> None:
@@ -32,9 +31,13 @@ def main(folder: Path) -> None:
         save(self, step, partition, scores)
 
     jobs.Job.save = noting
-    found = run(config, inputs, open_workspace(folder, "influence", "influence", config, inputs))
-    result = {"saved": saved, "artifact": str(found.path) if found else None}
-    (folder / f"result-{os.environ['RANK']}.json").write_text(json.dumps(result))
+    results = []
+    for number, changes in enumerate(arguments["runs"]):
+        config = influence_config(**changes)
+        found = run(config, inputs, open_workspace(folder, f"influence{number}", "influence", config, inputs))
+        results.append({"saved": saved[:], "artifact": str(found.path) if found else None})
+        saved.clear()
+    (folder / f"result-{os.environ['RANK']}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

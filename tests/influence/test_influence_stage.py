@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 from launch import launch
+from pydantic import ValidationError
 from small_world import TOKENS, influence_config
 
-from megatron_r1.artifacts.base import Artifact, open_workspace
+from megatron_r1.artifacts.base import Artifact, open_artifact, open_workspace
 from megatron_r1.artifacts.checkpoint import CheckpointInfo
 from megatron_r1.artifacts.influence import InfluenceTable, column
 from megatron_r1.data.shards import ShardSet
@@ -173,13 +174,68 @@ def test_a_torn_partition_is_computed_again(scored: Artifact, world: World, tmp_
 
 
 def test_two_processes_share_the_work_and_write_the_same_bytes(scored: Artifact, world: World, tmp_path: Path) -> None:
-    arguments = {"inputs": {role: str(artifact.path) for role, artifact in world.items()}, "changes": {}}
-    results = launch(Path(__file__).parent / "influence_worker.py", 2, tmp_path, arguments)
+    arguments = {"inputs": {role: str(artifact.path) for role, artifact in world.items()}, "runs": [{}]}
+    results = [runs[0] for runs in launch(Path(__file__).parent / "influence_worker.py", 2, tmp_path, arguments)]
     shares = [{tuple(item) for item in result["saved"]} for result in results]
     assert not shares[0] & shares[1]
     assert [len(share) for share in shares] == [10, 10]
     assert results[1]["artifact"] is None
     assert digests(Path(results[0]["artifact"])) == digests(scored.path)
+
+
+def test_a_model_cut_over_processes_fills_the_same_table(world: World, tmp_path: Path) -> None:
+    """Two stages, two copies of the model; receipt, check and shares of kinds included."""
+    few = {"documents": 8, "checkpoints": 1, "sources": ["left", "shuffled"], "partition_documents": 4, "validity": {"batches": 3}}
+    runs = [few | {"layout": {"pipeline": 2}, "engine": engine} for engine in ("ghost", "finite_differences")]
+    arguments = {"inputs": {role: str(artifact.path) for role, artifact in world.items()}, "runs": runs}
+    results = launch(Path(__file__).parent / "influence_worker.py", 4, tmp_path / "cut", arguments)
+    expected = InfluenceTable.open(score(influence_config(**few), world, tmp_path / "whole"))
+    for number, tolerance in ((0, 1e-4), (1, 2e-2)):
+        assert [len(ranks[number]["saved"]) for ranks in results] in ([2, 2, 0, 0], [2, 0, 2, 0])
+        assert [ranks[number]["artifact"] is None for ranks in results] == [False, True, True, True]
+        path = Path(results[0][number]["artifact"])
+        found = InfluenceTable.open(open_artifact(path))
+        for source in few["sources"]:
+            a, b = found.scores(source).raw, expected.scores(source).raw
+            assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+        for name, direction in expected.record.directions.items():
+            other = found.record.directions[name]
+            for field in ("probe_loss", "gradient_norm", "direction_norm", "self_influence", "step"):
+                assert getattr(other, field) == pytest.approx(getattr(direction, field), rel=1e-4)
+            assert other.energy == pytest.approx(direction.energy, rel=1e-3, abs=1e-5)
+            assert other.score_shares == pytest.approx(direction.score_shares, rel=0.05, abs=1e-3)
+        validity, own = found.record.validity, expected.record.validity
+        assert validity is not None
+        assert own is not None
+        for capability, entry in own["capabilities"].items():
+            assert validity["capabilities"][capability]["measured"] == pytest.approx(entry["measured"], rel=0.05, abs=2e-6)
+
+
+def test_bf16_weights_are_scored_close_to_fp32(world: World, tmp_path: Path) -> None:
+    few = {"documents": 10, "checkpoints": 1, "sources": ["left", "shuffled"], "fd_check_documents": 0, "validity": {"batches": 0}}
+    exact, half = (
+        InfluenceTable.open(score(influence_config(**few, precision=precision), world, tmp_path / precision)) for precision in ("fp32", "bf16")
+    )
+    for source in few["sources"]:
+        for a, b in zip(exact.scores(source).raw.T, half.scores(source).raw.T):
+            assert np.corrcoef(a.ravel(), b.ravel())[0, 1] >= 0.99
+    assert all(direction.step is None for direction in half.record.directions.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "bf16"}, "differences of bf16 weights are rounding"),
+        ({"precision": "bf16", "engine": "finite_differences"}, "differences of bf16 weights are rounding"),
+        ({"layout": {"context": 2}}, "context parallelism"),
+        ({"layout": {"pipeline": 2}, "preconditioner": "datainf"}, "whole in every process"),
+        ({"layout": {"tensor": 2}, "parameters": "embeddings"}, "whole in every process"),
+        ({"layout": {"overlap": True}}, "for training"),
+    ],
+)
+def test_what_can_not_be_computed_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        influence_config(**changes)
 
 
 def test_probe_folds_sum_to_the_whole_and_widen_the_intervals(
