@@ -67,7 +67,7 @@ class Direction(Frozen):
 
 
 class Curvature(Frozen):
-    """What an estimated inverse Hessian (preconditioner datainf) was made from."""
+    """What an estimated inverse Hessian (preconditioner datainf or ekfac) was made from."""
 
     documents: dict[str, int] = Field(description="source -> training documents, one window each")
     tokens: int = Field(description="predicted tokens of all of them")
@@ -121,9 +121,9 @@ class InfluenceRecord(Frozen):
 
     capabilities: list[str] = Field(min_length=1, description="capabilities, in column order")
     checkpoints: list[ScoredCheckpoint] = Field(min_length=1, description="checkpoints, ascending")
-    preconditioner: Literal["none", "adam", "datainf"] = Field(description="P in <g, P G>")
+    preconditioner: Literal["none", "adam", "datainf", "ekfac"] = Field(description="P in <g, P G>")
     eps: float | None = Field(description="epsilon in P; null but for adam")
-    curvature: Curvature | None = Field(default=None, description="of datainf; null for the others")
+    curvature: Curvature | None = Field(default=None, description="of datainf and ekfac; null for the others")
     parameters: Literal["all", "embeddings"] | list[str] = Field(
         default="all", description="which parameters' gradients are compared, as asked for"
     )
@@ -274,7 +274,7 @@ class InfluenceTable:
         """Benefit summed over each document's tokens, [n, C]: sum_t alpha_t s[., c, t] / scale[c, t].
 
         `normalise` brings capabilities and checkpoints to one scale. Scores along P G grow with the probe gradient where P
-        is fixed (none, adam); with datainf (the paper's) P shrinks as gradients grow, and the scale that all
+        is fixed (none, adam); with datainf (the paper's) and ekfac P shrinks as gradients grow, and the scale that all
         losses have in common drops out, but that of a capability does not. So either way they are not comparable as they are:
         "rms" divides by the root mean square of the per-token scores over all scored documents; "self" by <G, P G>, so
         that 1 means "as good as training on the probe itself"; "none" leaves nats per unit step.

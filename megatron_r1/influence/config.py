@@ -50,7 +50,7 @@ class ValidityConfig(Frozen):
 
 
 class CurvatureConfig(Frozen):
-    """What an approximate inverse Hessian (preconditioner datainf) is estimated from."""
+    """What the approximate inverse Hessians (preconditioner datainf or ekfac) are estimated from."""
 
     documents: int = Field(
         default=16,
@@ -63,7 +63,7 @@ class CurvatureConfig(Frozen):
         default=0.1,
         gt=0,
         description="lambda of each parameter tensor, relative to the mean eigenvalue of its curvature. With datainf 0.1 is "
-        "the paper's lambda (0.1 times the mean squared gradient entry)",
+        "the paper's lambda (0.1 times the mean squared gradient entry); with ekfac it is the usual choice too",
     )
 
 
@@ -106,14 +106,14 @@ class InfluenceConfig(StageConfig):
         description="how many of the run's checkpoints to score at, evenly spaced and ending at the last; weight "
         "alpha proportional to the step (Eq. 5)",
     )
-    preconditioner: Literal["none", "adam", "datainf"] = Field(
+    preconditioner: Literal["none", "adam", "datainf", "ekfac"] = Field(
         default="adam",
         description="adam: the trainer's own second moment, bias correction and eps, which predicts an AdamW step "
-        "far better than none; datainf: the paper's closed form of an inverse Hessian "
+        "far better than none; datainf: the paper's closed form of an inverse Hessian; ekfac: a closer one "
         "(docs/influence.md, Preconditioners)",
     )
     curvature: CurvatureConfig = Field(
-        default=CurvatureConfig(), description="what datainf is estimated from; not used by the others"
+        default=CurvatureConfig(), description="what datainf and ekfac are estimated from; not used by the others"
     )
     parameters: Literal["all", "embeddings"] | list[str] = Field(
         default="all",
@@ -259,7 +259,7 @@ class InfluenceConfig(StageConfig):
     def curvature_forwards(self, directions: int) -> int:
         """Forwards per token of the curvature's documents that estimating P and applying it to so many gradients take (a
         backward counts as two)."""
-        return {"datainf": 3 * (1 + directions)}.get(self.preconditioner, 0)
+        return {"datainf": 3 * (1 + directions), "ekfac": 1 + 2 * 3}.get(self.preconditioner, 0)
 
     @property
     def receipt_optimizer(self) -> Literal["trainer", "sgd"]:

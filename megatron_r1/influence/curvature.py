@@ -2,42 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from megatron_r1.influence.access import LoadedCheckpoint
 from megatron_r1.influence.config import InfluenceConfig
 from megatron_r1.influence.datainf import DataInf
+from megatron_r1.influence.ekfac import EKFAC
+from megatron_r1.influence.fisher import FisherDocuments
 from megatron_r1.influence.groups import Selected, select
 from megatron_r1.influence.precondition import Preconditioner
 from megatron_r1.influence.reference import DocumentGradients, Reference
-from megatron_r1.influence.rows import TokenLosses
+from megatron_r1.parallel.context import ParallelContext
+from megatron_r1.utils.errors import ParallelError
 
-ESTIMATED = ("datainf",)
+ESTIMATED = ("datainf", "ekfac")
 """Preconditioners that are estimated from documents."""
-NO_ADVANCE: Callable[[int], None] = lambda _: None  # noqa: E731
 
 
 def preconditioner_of(
     config: InfluenceConfig,
-    ready: Preconditioner,
-    losses: TokenLosses,
-    parameters: Mapping[str, Tensor],
+    loaded: LoadedCheckpoint,
     reference: Reference | None,
-    device: torch.device,
-    advance: Callable[[int], None] = NO_ADVANCE,
+    ctx: ParallelContext,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[Preconditioner, dict[str, Any]]:
-    """P and what the artifact records about it at this checkpoint.
+    """P and what the artifact records about it at this checkpoint. `reference`: there for estimated ones.
 
-    ready: P of `none` and `adam`. Raises ConfigError for a pattern of `parameters` that matches nothing, DataError where the
-    curvature can not be estimated.
+    Raises ConfigError for a pattern of `parameters` that matches nothing, DataError where the curvature can not be estimated,
+    ParallelError where it would have to be of a model that is cut over processes.
     """
-    kept = select(list(parameters), config.parameters)
-    notes: dict[str, Any] = {"parameters": kept}
-    if config.preconditioner == "datainf" and reference is not None:
-        gradients = DocumentGradients(losses, {name: parameters[name] for name in kept}, reference, device, advance)
-        ready = DataInf(gradients, config.curvature.damping)
-        notes |= {"damping": ready.damping, "labels": "true", "rule": DataInf.RULE}
-    return (ready if config.parameters == "all" else Selected(ready, kept)), notes
+    kept = select(list(loaded.parameters), config.parameters)
+    found, notes = loaded.preconditioner, {"parameters": kept}
+    if reference is not None:
+        found, about = _estimated(config, loaded, kept, reference, ctx, advance)
+        notes |= about
+    return (found if config.parameters == "all" else Selected(found, kept)), notes
+
+
+def _estimated(
+    config: InfluenceConfig,
+    loaded: LoadedCheckpoint,
+    kept: list[str],
+    reference: Reference,
+    ctx: ParallelContext,
+    advance: Callable[[int], None],
+) -> tuple[Preconditioner, dict[str, Any]]:
+    if ctx.layout.model_parallel() > 1:
+        raise ParallelError(
+            expected=f"a whole model on every process for preconditioner {config.preconditioner}",
+            found=f"one cut over {ctx.layout.model_parallel()}",
+            fix="score under data parallelism alone, or take preconditioner: adam",
+        )
+    damping = config.curvature.damping
+    made: DataInf | EKFAC
+    if config.preconditioner == "datainf":
+        parameters = {name: loaded.parameters[name] for name in kept}
+        made, labels = DataInf(DocumentGradients(loaded.losses, parameters, reference, ctx.device, advance), damping), "true"
+    else:
+        made, labels = EKFAC(FisherDocuments(loaded.chunks, ctx, kept, reference, config.seed or 0, advance), damping), "sampled"
+    return made, {"damping": made.damping, "labels": labels, "rule": made.RULE}

@@ -170,9 +170,7 @@ def _directions(
     notes: dict[str, dict[str, Any]] = {}
     differences = config.engine == "finite_differences"
     check = batches(job.check_rows(), job.tokens, ctx.device)
-    precondition, about = preconditioner_of(
-        config, loaded.preconditioner, loaded.losses, loaded.parameters, job.reference, ctx.device, advance
-    )
+    precondition, about = preconditioner_of(config, loaded, job.reference, ctx, advance)
     for capability, rows in job.probe.items():
         folds: list[Direction] = []
         weights: list[float] = []

@@ -31,6 +31,7 @@ from megatron_r1.utils.seeding import generator
 # Rows are dropped from the batch once this share of them has finished: copying the cache costs about one decoding step.
 _COMPACT_BELOW = 0.7
 _PROBE_TOKENS = 16
+_ROWS = 128  # positions whose probabilities are looked at together
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,26 @@ def _generate_batch(
         hidden = decoder.step(chosen, positions, cache)
         positions = positions + 1
     return [row[:count] for row, count in zip(written.tolist(), counts.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def drawn_labels(model: Any, tokens: Tensor, uniforms: Tensor) -> Tensor:
+    """A token from the model's own distribution after every position of given text: int64 [b, s].
+
+    tokens [b, s]; uniforms fp64 [b, s] in [0, 1): equal ones give equal tokens. The probabilities of all positions are never held at
+    once. The model must be whole on this rank (ParallelError).
+    """
+
+    def head(bare: Any, states: Tensor) -> Tensor:
+        def choose(weight: Tensor) -> Tensor:
+            pieces = zip(states.flatten(0, 1).split(_ROWS), uniforms.t().flatten().to(states.device).split(_ROWS))
+            return torch.cat([_choose(some @ weight.t(), places, 1.0) for some, places in pieces])
+
+        return bare.with_head_weight(choose).view(states.shape[:2]).t()
+
+    bare = whole(model)
+    config_of(bare)  # refuses a model that is split
+    return bare(tokens, None, head)
 
 
 def _choose(logits: Tensor, uniforms: Tensor | None, temperature: float) -> Tensor:

@@ -309,7 +309,7 @@ def test_without_preconditioner_no_optimizer_state_is_needed(world: World, tmp_p
     assert record.sources["left"]["left"].mean > 0
 
 
-@pytest.mark.parametrize("preconditioner", ["datainf"])
+@pytest.mark.parametrize("preconditioner", ["datainf", "ekfac"])
 def test_estimated_curvature_is_recorded_and_repeats_byte_for_byte(world: World, tmp_path: Path, preconditioner: str) -> None:
     few = {
         "documents": 8,
