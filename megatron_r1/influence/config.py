@@ -109,7 +109,7 @@ class InfluenceConfig(StageConfig):
     preconditioner: Literal["none", "adam", "datainf", "ekfac"] = Field(
         default="adam",
         description="adam: the trainer's own second moment, bias correction and eps, which predicts an AdamW step "
-        "far better than none; datainf: the paper's closed form of an inverse Hessian; ekfac: a closer one "
+        "far better than none; datainf: the paper's closed form of an inverse Hessian; ekfac: another one, by layers "
         "(docs/influence.md, Preconditioners)",
     )
     curvature: CurvatureConfig = Field(
