@@ -37,10 +37,22 @@ class CheckpointRecord(Frozen):
     path: str = Field(description="folder, relative to the artifact")
 
 
+class DomainWeights(Frozen):
+    """What a group-DRO training found out about its sources (arXiv 2305.10429, Algorithm 1)."""
+
+    weights: dict[str, float] = Field(description="source -> domain weight, mean over the updates; sums to 1")
+    last: dict[str, float] = Field(description="source -> domain weight after the last update")
+    excess: dict[str, float] = Field(description="source -> its last excess loss over the reference, nats per token, clipped at 0 token by token")
+    updates: int = Field(ge=0, description="updates of the weights")
+    step_size: float = Field(description="eta of the exponentiated gradient")
+    smoothing: float = Field(description="c: share of the uniform mixture mixed in after every update")
+    reference: str = Field(description="train step of the reference model")
+
+
 class TrainManifest(Frozen):
     """Content of train.json."""
 
-    objective: str = Field(description="next_token, distill or sft")
+    objective: str = Field(description="next_token, distill, sft or group_dro")
     checkpoints: list[CheckpointRecord] = Field(description="kept checkpoints, ascending by step")
     final: int = Field(description="index in `checkpoints` of the last step")
     steps: int = Field(description="optimizer steps of the phase")
@@ -60,6 +72,7 @@ class TrainManifest(Frozen):
     skipped_steps: list[int] = Field(description="steps whose update was skipped because a loss or gradient was not finite")
     layout: dict[str, Any] = Field(description="parallel layout it was trained on; loading does not depend on it")
     precision: str = Field(description="fp32 or bf16")
+    group_dro: DomainWeights | None = Field(default=None, description="domain weights, objective group_dro only")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ MIXTURE_FILE = "mixture.json"
 KEPT_FOLDER = "kept"
 SUM_TOLERANCE = 1e-9
 Interval = tuple[float, float]
+Method = Literal[
+    "influence", "kl", "uniform", "natural", "explicit", "published", "random", "without", "regmix", "doremi", "perplexity"
+]
 
 
 class PaperStop(Frozen):
@@ -91,12 +94,59 @@ class KeptDocuments(Frozen):
     emptied: list[str] = Field(default=[], description="sources of which nothing is left; they get no share")
 
 
+class CapabilityFit(Frozen):
+    """How well shares foretell a probe loss: of one capability, in nats per token; or jointly, the mean over capabilities of
+    the loss divided by the proxies' geometric mean (1 = an average proxy)."""
+
+    error: float = Field(description="root mean square error on proxies left out of the fit")
+    spread: float = Field(description="standard deviation of the proxies' losses: what no fit at all would err by")
+    spearman: float | None = Field(description="rank correlation of foretold and real loss, over proxies left out of the fit")
+    foretold: float = Field(description="loss foretold for the weights of this mixture")
+    lowest: float = Field(description="lowest loss of any proxy")
+
+
+class Regression(Frozen):
+    """RegMix: what was fitted to which proxies (arXiv 2407.01492)."""
+
+    fit: Literal["linear", "lightgbm"] = Field(description="kind of regression of log loss on shares")
+    proxies: list[str] = Field(description="train steps fitted to")
+    tokens: int = Field(description="training tokens of each proxy")
+    penalty: dict[str, float] = Field(default={}, description="capability -> ridge penalty chosen by leaving one proxy out")
+    slopes: dict[str, dict[str, float]] = Field(
+        default={}, description="capability -> source -> change of the log loss per share, relative to the mean source; negative helps"
+    )
+    capabilities: dict[str, CapabilityFit] = Field(description="capability, and `joint` -> quality of the fit")
+    candidates: int = Field(description="mixtures simulated within the caps")
+    best: int = Field(description="of these averaged")
+
+
+class GroupDRO(Frozen):
+    """DoReMi: the training that domain weights were averaged over (arXiv 2305.10429, Algorithm 1)."""
+
+    proxy: str = Field(description="train step with objective group_dro")
+    reference: str = Field(description="train step the excess losses are over")
+    steps: int = Field(description="updates of the weights averaged over")
+    step_size: float = Field(description="eta of the exponentiated gradient")
+    smoothing: float = Field(description="c: share of the uniform mixture mixed in after every update")
+
+
+class PerplexityRecord(Frozen):
+    """What a reference model's perplexity kept of each source."""
+
+    model: str = Field(description="train step of the reference model")
+    keep: float = Field(description="share of all tokens kept")
+    band: Literal["middle", "low", "high"] = Field(description="which perplexities were kept")
+    low: float | None = Field(description="lowest mean loss kept, nats per token; null: no lower bound")
+    high: float | None = Field(description="highest mean loss kept, nats per token; null: no upper bound")
+    documents: dict[str, int] = Field(description="source -> documents read")
+    loss: dict[str, float] = Field(description="source -> mean loss of the tokens read, nats per token")
+    kept: dict[str, float] = Field(description="source -> share of its tokens kept")
+
+
 class Mixture(Frozen):
     """Weights of the sources and their provenance. Shares are of *tokens*."""
 
-    method: Literal["influence", "kl", "uniform", "natural", "explicit", "published"] = Field(
-        description="how the weights were made"
-    )
+    method: Method = Field(description="how the weights were made")
     weights: dict[str, float] = Field(
         min_length=1, description="source -> share of training tokens; the shares sum to 1"
     )
@@ -146,6 +196,12 @@ class Mixture(Frozen):
     redundancy: Redundancy | None = Field(default=None, description="near duplicates that were counted once")
     kept: KeptDocuments | None = Field(default=None, description="documents trained on; null: all of them")
     decision: Decision | None = Field(default=None, description="whether another round is worth it")
+    strength: float | None = Field(default=None, description="strength of the Dirichlet distribution drawn from (method random)")
+    without: str | None = Field(default=None, description="source left out (method without)")
+    base: dict[str, float] | None = Field(default=None, description="shares before the source was left out (method without)")
+    regression: Regression | None = Field(default=None, description="fit and its quality (method regmix)")
+    group_dro: GroupDRO | None = Field(default=None, description="training the weights come from (method doremi)")
+    perplexity: PerplexityRecord | None = Field(default=None, description="what was read and kept (method perplexity)")
     notes: list[str] = Field(default=[], description="remarks a reader must know")
 
     @model_validator(mode="after")

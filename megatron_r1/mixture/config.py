@@ -7,12 +7,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from megatron_r1.artifacts.mixture import Method
 from megatron_r1.config.base import Frozen, StageConfig, StepName
 from megatron_r1.config.units import Epochs, Tokens
 from megatron_r1.mixture.tables import TABLES
 
 MEASURED = ("influence", "kl")
 """Methods whose weights follow an influence table."""
+PROXIES = ("regmix", "doremi")
+"""Methods whose weights follow trainings made for them."""
 
 
 class MixtureInputs(Frozen):
@@ -26,6 +29,17 @@ class MixtureInputs(Frozen):
     )
     previous: StepName | None = Field(
         default=None, description="earlier mixture step, to record how far the weights moved"
+    )
+    base: StepName | None = Field(
+        default=None, description="mixture step that method without leaves a source out of; none: the natural shares"
+    )
+    proxies: list[StepName] = Field(
+        default=[],
+        description="train steps made for a method: regmix, the proxies (a family, such as proxy-*); doremi, the one "
+        "training with objective group_dro",
+    )
+    checkpoint: StepName | None = Field(
+        default=None, description="train step whose final model method perplexity reads the documents with"
     )
 
 
@@ -112,6 +126,68 @@ class StopConfig(Frozen):
     )
 
 
+class SamplingConfig(Frozen):
+    """RegMix's random mixtures (arXiv 2407.01492, section 3.1; constants of its code).
+
+    Dirichlet with concentration strength * natural^temperature / sum; strength log-uniform between its bounds. A mixture
+    that asks for more passes than max_epochs is drawn again.
+    """
+
+    lowest: float = Field(default=0.1, gt=0, description="smallest strength: mixtures of one or two sources")
+    highest: float = Field(default=5.0, gt=0, description="largest strength: mixtures near the tempered natural shares")
+    temperature: float = Field(
+        default=0.5, ge=0, le=1, description="power the natural shares are raised to: 1 as they are, 0 uniform"
+    )
+    minimum: float = Field(default=2e-4, ge=0, lt=0.1, description="shares below this become 0")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SamplingConfig:
+        if self.lowest > self.highest:
+            raise ValueError("lowest must not be above highest")
+        return self
+
+
+class RandomConfig(SamplingConfig):
+    """Which of the random mixtures."""
+
+    index: int = Field(ge=0, description="number of the mixture: each number is another draw from the same seed")
+
+
+class RegMixConfig(Frozen):
+    """From losses of proxies to a mixture (arXiv 2407.01492)."""
+
+    fit: Literal["linear", "lightgbm"] = Field(
+        default="linear",
+        description="log of each capability's probe loss on the shares. linear: ridge regression, its penalty chosen by "
+        "leaving one proxy out; lightgbm: boosted trees, the paper's choice with 512 proxies (needs the package lightgbm)",
+    )
+    candidates: int = Field(
+        default=100_000, ge=1000, description="mixtures simulated, drawn as the proxies' are (paper: a million)"
+    )
+    best: int = Field(default=100, ge=1, description="candidates with the lowest foretold loss that are averaged (paper: 100)")
+    sampling: SamplingConfig = Field(default=SamplingConfig(), description="how candidates are drawn")
+
+    @model_validator(mode="after")
+    def _fewer(self) -> RegMixConfig:
+        if self.best > self.candidates:
+            raise ValueError("best must not be above candidates")
+        return self
+
+
+class PerplexityConfig(Frozen):
+    """Which documents count, by the loss a reference model has on them (arXiv 2309.04564, 2405.20541)."""
+
+    keep: float = Field(default=0.5, gt=0, le=1, description="share of all training tokens that is kept (papers: 0.5)")
+    band: Literal["middle", "low", "high"] = Field(
+        default="middle", description="which perplexities are kept: around the median (default of the first paper), low or high"
+    )
+    documents: int = Field(
+        default=200, ge=2, description="documents read per source, drawn at random; they stand for the whole source"
+    )
+    tokens_per_document: int = Field(default=512, ge=1, description="predicted tokens read of each document, from its beginning")
+    batch_tokens: int = Field(default=16384, ge=1, description="tokens of one forward pass, padding included")
+
+
 class MixtureConfig(StageConfig):
     """How the training tokens are shared among the sources.
 
@@ -123,15 +199,18 @@ class MixtureConfig(StageConfig):
     4. So is a source the previous mixture knew to harm, unless it is readmitted (`readmit`).
     5. Every other source gets max(floor, lambda * rho_g), at most its cap; lambda makes the shares sum to 1.
 
-    Method kl replaces 2 and 5 by natural shares times exp(rho / tau), within the same floors and caps.
+    Method kl replaces 2 and 5 by natural shares times exp(rho / tau), within the same floors and caps. All other methods
+    are baselines (docs/mixtures.md): they have caps, but no floor.
     """
 
     stage: Literal["mixture"] = Field(default="mixture", description="Which stage this step runs.")
     inputs: MixtureInputs = Field(description="The steps the mixture reads.")
-    method: Literal["influence", "kl", "uniform", "natural", "explicit", "published"] = Field(
+    method: Method = Field(
         description="influence: Eq. 6; kl: most benefit at a stated distance from the natural shares; uniform: equal "
         "shares; natural: proportional to training tokens; explicit: `weights` as given (also those another method found); "
-        "published: the table named by `table`"
+        "published: the table named by `table`; random: a draw around the natural shares; without: one source left out; "
+        "regmix: best by a regression over proxies; doremi: domain weights of a group-DRO training; perplexity: by a "
+        "reference model's perplexity of the documents"
     )
     sources: list[str] | None = Field(
         default=None,
@@ -149,6 +228,10 @@ class MixtureConfig(StageConfig):
     )
     table: str | None = Field(default=None, description="table of method published: one of " + ", ".join(TABLES))
     kl: KLConfig | None = Field(default=None, description="strength of method kl")
+    random: RandomConfig | None = Field(default=None, description="which mixture of method random")
+    without: str | None = Field(default=None, description="source that method without leaves out")
+    regmix: RegMixConfig | None = Field(default=None, description="settings of method regmix; none: the defaults")
+    perplexity: PerplexityConfig | None = Field(default=None, description="settings of method perplexity; none: the defaults")
     shrink: Literal["none", "pooled"] = Field(
         default="none",
         description="pooled: rho of every source is drawn towards the mean of all by what its noise warrants (empirical "
@@ -210,9 +293,20 @@ class MixtureConfig(StageConfig):
             raise ValueError("filter.control needs a filter.rule whose size it copies")
         if self.method not in MEASURED and (self.shrink != "none" or self.redundancy is not None):
             raise ValueError("shrink and redundancy belong to the methods influence and kl")
-        for name, method in (("weights", "explicit"), ("table", "published"), ("kl", "kl")):
+        for name, method in (("weights", "explicit"), ("table", "published"), ("kl", "kl"), ("random", "random"), ("without", "without")):
             if (self.method == method) != (getattr(self, name) is not None):
                 raise ValueError(f"{name} must be given with method {method}, and only then")
+        for name in ("regmix", "perplexity"):
+            if self.method != name and getattr(self, name) is not None:
+                raise ValueError(f"{name} belongs to method {name}")
+        if (self.method in PROXIES) != bool(self.inputs.proxies):
+            raise ValueError("inputs.proxies must be given with the methods regmix and doremi, and only then")
+        if self.method == "doremi" and len(self.inputs.proxies) != 1:
+            raise ValueError("method doremi takes one training with objective group_dro as inputs.proxies")
+        if (self.method == "perplexity") != (self.inputs.checkpoint is not None):
+            raise ValueError("inputs.checkpoint must be given with method perplexity, and only then")
+        if self.inputs.base is not None and self.method != "without":
+            raise ValueError("inputs.base belongs to method without")
         if self.origin is not None and self.method != "explicit":
             raise ValueError("origin belongs to the weights of method explicit")
         if self.table is not None and self.table not in TABLES:
@@ -245,6 +339,11 @@ def describe(config: MixtureConfig) -> str:
         "natural": "share tokens by size of the sources",
         "explicit": f"share tokens as given for {len(config.weights or {})} sources",
         "published": f"share tokens as published ({config.table})",
+        "random": f"share tokens by random mixture {config.random.index if config.random else 0} around the natural shares",
+        "without": f"share tokens {f'as {config.inputs.base}' if config.inputs.base else 'by size of the sources'}, without {config.without}",
+        "regmix": f"share tokens by a {(config.regmix or RegMixConfig()).fit} regression over {len(config.inputs.proxies)} proxies (RegMix)",
+        "doremi": "share tokens by the mean domain weights of a group-DRO training (DoReMi)",
+        "perplexity": "share tokens by {0.band} perplexity, {0.keep:.0%} of all tokens kept".format(config.perplexity or PerplexityConfig()),
     }[config.method]
     if config.shrink == "pooled":
         how += ", shrunk to the mean"

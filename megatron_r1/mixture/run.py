@@ -19,6 +19,7 @@ from megatron_r1.artifacts.mixture import (
     write_kept,
 )
 from megatron_r1.data.shards import ShardSet
+from megatron_r1.mixture.baselines import baseline
 from megatron_r1.mixture.config import MEASURED, MixtureConfig
 from megatron_r1.mixture.keep import keep
 from megatron_r1.mixture.redundancy import count_once
@@ -31,27 +32,31 @@ from megatron_r1.mixture.weights import (
     divergence,
     effective_sources,
     natural,
-    share,
     uniform,
 )
 from megatron_r1.utils import io
 from megatron_r1.utils.errors import ArtifactError, ConfigError
-from megatron_r1.utils.logging import get_logger
+from megatron_r1.utils.logging import get_logger, is_main_rank
 
 CAP_TOLERANCE = 1e-9
 log = get_logger(__name__)
 
 
-def run(config: MixtureConfig, inputs: Mapping[str, Any], work: Workspace) -> Artifact:
+def run(config: MixtureConfig, inputs: Mapping[str, Any], work: Workspace) -> Artifact | None:
     """Compute the weights and write `mixture.json`, and `kept/<source>.npy` where documents are filtered.
 
-    Raises ConfigError when floors or caps cannot be met, DataError when nothing is left to gain.
+    Under torchrun every rank calls it, because method perplexity reads documents with all of them; those that are not rank 0
+    return None. Raises ConfigError when floors or caps cannot be met, DataError when nothing is left to gain.
     """
+    if not is_main_rank() and config.method != "perplexity":
+        return None
     shards = ShardSet.open(inputs["shards"])
     tokens, missing = mixed_sources(config, {name: shards.split(name, "train").n_tokens for name in shards.sources})
     previous = inputs.get("previous")
     looked = look(config, shards, list(tokens), inputs["shards"], inputs.get("influence"))
-    mixture = mix(config, tokens, missing, looked, load_mixture(previous) if previous is not None else None)
+    mixture = mix(config, tokens, missing, looked, load_mixture(previous) if previous is not None else None, inputs)
+    if not is_main_rank():
+        return None
     _log(mixture)
     for source, numbers in looked.numbers.items():
         write_kept(work.path, source, numbers)
@@ -89,6 +94,13 @@ def _log(mixture: Mixture) -> None:
             sum(kept.tokens.values()),
             " (a random part of the same size instead)" if kept.control else "",
         )
+    if mixture.regression is not None:
+        for name, fit in mixture.regression.capabilities.items():
+            rank = "not defined" if fit.spearman is None else f"{fit.spearman:.2f}"
+            log.info(
+                "mixture: regression of %s: rank correlation on proxies left out %s, error %.4f (spread %.4f); foretold %.4f, best proxy %.4f",
+                name, rank, fit.error, fit.spread, fit.foretold, fit.lowest,
+            )  # fmt: skip
     if mixture.decision is not None:
         log.info("mixture: another round? %s", mixture.decision.follows)
 
@@ -177,9 +189,14 @@ def _same_shards(shards: Artifact, influence: Artifact) -> None:
 
 
 def mix(
-    config: MixtureConfig, tokens: Mapping[str, int], missing: list[str], looked: Looked, previous: Mixture | None
+    config: MixtureConfig,
+    tokens: Mapping[str, int],
+    missing: list[str],
+    looked: Looked,
+    previous: Mixture | None,
+    inputs: Mapping[str, Any],
 ) -> Mixture:
-    """The mixture of the sources in `tokens` (source -> training tokens)."""
+    """The mixture of the sources in `tokens` (source -> training tokens). `inputs`: what baselines are made from."""
     pool = dict(tokens) if looked.pool is None else looked.pool
     empty = [] if looked.kept is None else looked.kept.emptied
     banned = [] if previous is None else [*previous.harmful, *previous.kept_out]
@@ -192,22 +209,16 @@ def mix(
         weights, measured = solution.weights, solution.measured
         known = {"intervals": solution.intervals, "tau": solution.tau, "kept_out": measured.kept_out}
     else:
-        stated = config.stated or {}
-        base = {
-            "uniform": uniform(list(pool)),
-            "natural": natural(pool),
-            "explicit": {name: stated.get(name, 0.0) for name in pool},
-            "published": {name: stated.get(name, 0.0) for name in pool},
-        }
-        weights = share(base[config.method], Bounds.of(pool, 0.0, set(empty), config.budget, config.max_epochs))
+        weights, known = baseline(config, pool, inputs, empty)
         if looked.table is not None and set(pool) <= set(looked.table.sources):
             measured = measure(config, looked.table, pool, config.seed or 0)
         elif looked.table is not None:
             unscored = ", ".join(sorted(set(pool) - set(looked.table.sources)))
-            known["notes"] = [f"what the influence measured is not recorded: it has no scores of {unscored}"]
+            known["notes"] = [*known.get("notes", []), f"what the influence measured is not recorded: it has no scores of {unscored}"]
     if measured is not None and looked.table is not None:
-        known |= _measurements(config, looked, measured)
+        known = {**_measurements(config, looked, measured), **known, "notes": [*measured.notes, *known.get("notes", [])]}
         known["decision"] = decide(config, looked.table, weights, natural(pool), previous)
+    known.setdefault("origin", TABLES[config.table].origin if config.table is not None else config.origin)
     caps = Bounds.of(pool, 0.0, set(empty), config.budget, config.max_epochs).high
     return Mixture(
         method=config.method,
@@ -227,7 +238,6 @@ def mix(
             if config.max_epochs is not None and name not in empty and weights[name] >= caps[name] - CAP_TOLERANCE
         ],
         change=None if previous is None else distance(weights, previous.weights),
-        origin=TABLES[config.table].origin if config.table is not None else config.origin,
         table=config.table,
         effective_sources=effective_sources(weights),
         divergence=divergence(weights, natural(pool)),

@@ -31,6 +31,15 @@ SMALL_VOCABULARY = 65500
 """Megatron's rule for `.bin` files: below this, tokens are stored in 2 bytes, otherwise in 4."""
 
 
+OPEN = {
+    "random": "shares are drawn around the natural ones",
+    "regmix": "shares follow the proxies' losses",
+    "doremi": "shares follow the group-DRO training",
+    "perplexity": "shares follow the reference model's perplexities",
+}
+"""Method of a mixture -> why its shares are known only when it runs."""
+
+
 @dataclass(frozen=True)
 class SourcePlan:
     """What one source contributes to a training phase."""
@@ -137,7 +146,24 @@ def shares(recipe: Recipe, step: str) -> tuple[dict[str, float], str]:
         return {}, f"shares follow the sizes {config.inputs.shards} will find"
     if stated in ("influence", "kl"):
         return {}, f"shares follow the influence {config.inputs.influence} will measure"
+    if stated == "without":
+        return _left_out(recipe, step, names)
+    if stated in OPEN:
+        return {}, OPEN[stated]
     return {}, "every conversation once per epoch"
+
+
+def _left_out(recipe: Recipe, step: str, names: Iterable[str]) -> tuple[dict[str, float], str]:
+    """Shares of method without, where those it starts from are known."""
+    config: Any = recipe.steps[step]
+    if config.inputs.base is not None:
+        before, reason = shares(recipe, config.inputs.base)
+    else:
+        known = pools(recipe, config.inputs.shards)
+        before = {name: float(known[name] or 0) for name in names} if all(known.get(name) for name in names) else {}
+        reason = f"shares follow the sizes {config.inputs.shards} will find"
+    rest = {name: share for name, share in before.items() if name != config.without}
+    return (_normalised(rest), "") if sum(rest.values()) > 0 else ({}, reason)
 
 
 def _normalised(weights: Mapping[str, float]) -> dict[str, float]:
@@ -214,6 +240,8 @@ def _train(recipe: Recipe, step: str) -> dict[str, Any]:
                 notes.append("FLOPs without the teacher's forward passes: its size is not known here")
             else:
                 flops += tokens * teacher.flops_per_token(length, training=False)
+        if config.inputs.reference is not None:
+            flops += tokens * model_of(recipe, config.inputs.reference).flops_per_token(length, training=False)
     if not model.max_positions >= length:
         notes.append(f"seq_length {length} is longer than the model's max_positions {model.max_positions}")
     kept = max(config.checkpoints.evenly, 1) + (config.checkpoints.keep if config.checkpoints.every is not None else 0)

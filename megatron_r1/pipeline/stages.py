@@ -41,7 +41,7 @@ STAGES = {
         Stage("corpus", "shards"),
         Stage("probe", "probe"),
         Stage("influence", "influence", distributed=True),
-        Stage("mixture", "mixture"),
+        Stage("mixture", "mixture", distributed=True),
         Stage("train", "checkpoint", distributed=True),
         Stage("evaluate", "evaluation", distributed=True),
         Stage("export", "export", distributed=True),
@@ -56,8 +56,11 @@ ROLE_KINDS = {
     "influence": "influence",
     "mixture": "mixture",
     "previous": "mixture",
+    "base": "mixture",
     "checkpoint": "checkpoint",
     "teacher": "checkpoint",
+    "reference": "checkpoint",
+    "proxies": "checkpoint",
     "evaluation": "evaluation",
 }
 """Input role -> kind of artifact it takes; a role that is not listed takes any."""

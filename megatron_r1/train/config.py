@@ -13,7 +13,7 @@ from megatron_r1.model.config import ModelConfig
 from megatron_r1.parallel.config import LayoutConfig
 from megatron_r1.utils.logging import human
 
-Objective = Literal["next_token", "distill", "sft"]
+Objective = Literal["next_token", "distill", "sft", "group_dro"]
 Every = Steps | Tokens
 
 
@@ -35,6 +35,7 @@ class TrainInputs(Frozen):
     mixture: StepName | None = Field(None, description="mixture step that gives the share of every source (or set `sources`)")
     checkpoint: StepName | None = Field(None, description="train step to start from (its final checkpoint); none: random weights")
     teacher: StepName | None = Field(None, description="train step whose final checkpoint is the teacher of the distill objective")
+    reference: StepName | None = Field(None, description="train step whose final checkpoint is the reference model of the group_dro objective")
     probe: StepName | None = Field(None, description="probe step whose documents, per capability, are the validation set of the `probe` curves")
 
 
@@ -122,6 +123,13 @@ class SftConfig(Frozen):
     mask: Literal["assistant", "all"] = Field("assistant", description="tokens that are targets: the assistant's (with its <|eot_id|>) or all of a conversation")
 
 
+class GroupDroConfig(Frozen):
+    """Domain weights that follow the excess loss over a reference model (DoReMi, arXiv 2305.10429, Algorithm 1)."""
+
+    step_size: float = Field(1.0, gt=0, description="eta of the exponentiated gradient, per nat of excess loss (paper: 1)")
+    smoothing: float = Field(1e-3, gt=0, lt=1, description="c: share of the uniform mixture mixed in after every update (paper: 0.001)")
+
+
 class LogConfig(Frozen):
     """What is written down while training."""
 
@@ -140,7 +148,7 @@ class TrainConfig(StageConfig):
 
     stage: Literal["train"] = Field("train", description="which stage this step runs")
     inputs: TrainInputs = Field(description="steps this one reads")
-    objective: Objective = Field("next_token", description="next_token, distill (KL to a teacher) or sft (masked, packed conversations)")
+    objective: Objective = Field("next_token", description="next_token, distill (KL to a teacher), sft (masked, packed conversations) or group_dro (next token, sources weighted by their excess loss: DoReMi's proxy)")
     model: ModelConfig | None = Field(None, description="model to initialise: a preset name or its sizes; none: the input checkpoint's model")
     model_changes: ModelChanges = Field(ModelChanges(), description="changes to the input checkpoint's model")
     budget: Tokens | Steps | Epochs = Field(description="how long: '2T tokens', '500k steps' or '2 epochs' (of all sources together)")
@@ -163,6 +171,7 @@ class TrainConfig(StageConfig):
     rankme: RankMeConfig = Field(RankMeConfig(), description="effective rank while training")
     distill: DistillConfig = Field(DistillConfig(), description="settings of the distill objective")
     sft: SftConfig = Field(SftConfig(), description="settings of the sft objective")
+    group_dro: GroupDroConfig = Field(GroupDroConfig(), description="settings of the group_dro objective")
     log: LogConfig = Field(LogConfig(), description="metrics and TensorBoard")
     guard: GuardConfig = Field(GuardConfig(), description="non-finite losses and gradients")
 
@@ -190,6 +199,11 @@ class TrainConfig(StageConfig):
             raise ValueError("expected one teacher for objective distill: inputs.teacher or distill.teacher; found " + ("none" if self.inputs.teacher is None else "both") + "; give exactly one")
         if self.objective != "distill" and (self.inputs.teacher is not None or self.distill.teacher is not None):
             raise ValueError(f"expected no teacher with objective {self.objective}; found one; set objective: distill or remove it")
+        if (self.objective == "group_dro") != (self.inputs.reference is not None):
+            raise ValueError(
+                f"expected inputs.reference with objective group_dro, and only then; found objective {self.objective} "
+                f"{'without' if self.inputs.reference is None else 'with'} it; name the train step whose losses the excess is over"
+            )
         return self
 
     @property
@@ -226,7 +240,8 @@ def describe(config: TrainConfig) -> str:
     length = f"{config.budget}" if steps is None else f"{steps} steps = {human(steps * int(config.global_batch))} tokens"
     data = config.inputs.mixture or (config.sources if isinstance(config.sources, str) else "stated shares" if config.sources else "all conversations")
     teacher = config.inputs.teacher or (config.distill.teacher and (config.distill.teacher.package or config.distill.teacher.hf_folder))
+    beside = f" with teacher {teacher}" if teacher else f" against {config.inputs.reference}" if config.inputs.reference else ""
     return (
-        f"train {config.objective}{f' with teacher {teacher}' if teacher else ''}: {model}, {length} of {int(config.global_batch)} tokens "
+        f"train {config.objective}{beside}: {model}, {length} of {int(config.global_batch)} tokens "
         f"({config.sequences_per_step} x {int(config.seq_length)}), lr {config.lr.peak:g} {config.lr.schedule}, data {data}"
     )

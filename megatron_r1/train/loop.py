@@ -92,6 +92,7 @@ class Trainer:
         """Write a checkpoint from which this phase goes on bit for bit. Collective."""
         common = {
             "step": self.step, "tokens": self.tokens, "total": self.total, "seconds": self.seconds, "guard": self.guard.state(), "window": asdict(self.window),
+            "objective": self.objective.state(),
         }
         checkpoint.save(path, self.chunks, self.optimizer, common, self.ctx)
 
@@ -101,6 +102,8 @@ class Trainer:
         self.step, self.seconds, self.resumed = int(common["step"]), float(common["seconds"]), True
         self.guard.load(**common["guard"])
         self.window = Window(**common["window"])
+        if common.get("objective"):
+            self.objective.load(common["objective"])
 
     def ledger_record(self) -> dict[str, Any]:
         """What the step just done was trained on: sample numbers (inclusive) and blocks per source."""
@@ -155,6 +158,8 @@ class Trainer:
         sums = self._reduce(reports, stop.requested)
         loss = sums["loss_sum"] / max(sums["num_tokens"], 1.0)
         grad_norm, applied = self._update(loss, lr)
+        if applied:
+            self.objective.update(sums["reports"])
         self.step += 1
         seconds = time.perf_counter() - began
         self.seconds += seconds
@@ -176,19 +181,23 @@ class Trainer:
 
     def _reduce(self, reports: Sequence[dict[str, torch.Tensor]], stop: bool) -> dict[str, Any]:
         """Sums over micro-batches and ranks, on every rank. One small all-reduce per step."""
-        names = ["loss_sum", "num_tokens"]
-        sources = len(self.data.sources)
-        sums = torch.zeros(len(names) + 2 * sources + 1, dtype=torch.float64, device=self.ctx.device)
+        scalars, by_source = ("loss_sum", "num_tokens"), self.objective.reports
+        count = len(self.data.sources)
+        sums = torch.zeros(len(scalars) + len(by_source) * count + 1, dtype=torch.float64, device=self.ctx.device)
         if self.ctx.tensor_rank == 0:
             for report in reports:
-                scalars = torch.stack([report[name].to(sums) for name in names])
-                sums[:-1] += torch.cat([scalars, report["source_loss"].to(sums), report["source_tokens"].to(sums)])
+                first = torch.stack([report[name].to(sums) for name in scalars])
+                sums[:-1] += torch.cat([first, *(report[name].to(sums) for name in by_source)])
         sums[-1] = float(stop)
         self.ctx.all_reduce_sum(sums, over="world")
         values = sums.tolist()
-        result: dict[str, Any] = dict(zip(names, values))
-        losses, tokens = values[len(names) : len(names) + sources], values[len(names) + sources : -1]
-        return result | {"sources": {name: [loss, count] for name, loss, count in zip(self.data.sources, losses, tokens) if count}, "stop": values[-1] > 0}
+        starts = range(len(scalars), len(values) - 1, count)
+        found = {name: values[start : start + count] for name, start in zip(by_source, starts)}
+        losses, tokens = found["source_loss"], found["source_tokens"]
+        return {
+            **dict(zip(scalars, values)), "reports": found, "stop": values[-1] > 0,
+            "sources": {name: [loss, n] for name, loss, n in zip(self.data.sources, losses, tokens) if n},
+        }
 
     def _accumulate(self, sums: dict[str, Any]) -> None:
         window = self.window

@@ -9,7 +9,7 @@ Legend: b rows, s tokens, V vocabulary, p tensor-parallel degree, n sources.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,10 +35,29 @@ def to_tensors(batch: Arrays, device: torch.device) -> Tensors:
 
 class Objective:
     """Next-token loss: -log p(label), over the positions whose loss mask is 1. Fine-tuning is the same with the mask of the
-    conversation."""
+    conversation.
+
+    `reports`: what `by_source` sums up for every source of a micro-batch. An objective that learns from these sums (group
+    DRO) does so in `update`, and keeps what it learnt in `state`, which is saved with every checkpoint."""
+
+    reports: tuple[str, ...] = ("source_loss", "source_tokens")
 
     def __init__(self, sources: int, device: torch.device) -> None:
         self.sources, self.device = sources, device
+
+    def update(self, sums: Mapping[str, Sequence[float]]) -> None:
+        """Learn from the sums of the step just applied: report -> one number per source, over all ranks and micro-batches."""
+
+    def state(self) -> dict[str, Any]:
+        """What `update` has learnt, JSON-able and exact."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up `state` of a checkpoint."""
+
+    def record(self) -> dict[str, Any]:
+        """What it adds to a metrics record."""
+        return {}
 
     def output(self, chunk: nn.Module, batch: Tensors, arrays: Arrays) -> Tensor:
         """What the chunk hands to `losses` (on stages that are not the last: to the next stage)."""
@@ -55,11 +74,15 @@ class Objective:
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, Tensors]:
             losses = self.losses(output, chunk, batch)
-            return *masked_sum(losses, batch["loss_mask"]), self._by_source(losses.detach(), batch)
+            return *self.total_loss(losses, batch), self.by_source(losses.detach(), batch)
 
         return self.output(chunk, batch, arrays), loss
 
-    def _by_source(self, losses: Tensor, batch: Tensors) -> Tensors:
+    def total_loss(self, losses: Tensor, batch: Tensors) -> tuple[Tensor, Tensor]:
+        """The sum that is differentiated, and the number of targets it is divided by (over the global batch)."""
+        return masked_sum(losses, batch["loss_mask"])
+
+    def by_source(self, losses: Tensor, batch: Tensors) -> Tensors:
         """Sum of the losses and number of targets of every source: two fp64 [n]."""
         mask, ids = batch["loss_mask"].double(), batch["source_ids"].long()
         zeros = torch.zeros(self.sources, dtype=torch.float64, device=self.device)

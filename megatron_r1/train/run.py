@@ -42,8 +42,9 @@ from megatron_r1.train.callbacks.metrics import Metrics
 from megatron_r1.train.callbacks.rankme import RankMe
 from megatron_r1.train.callbacks.tensorboard import TensorBoard
 from megatron_r1.train.callbacks.validation import Validation
-from megatron_r1.train.config import TrainConfig
+from megatron_r1.train.config import DistillConfig, TrainConfig
 from megatron_r1.train.feed import TrainingData, open_data
+from megatron_r1.train.group_dro import GroupDRO
 from megatron_r1.train.loop import Trainer
 from megatron_r1.train.objectives import Distill, Objective
 from megatron_r1.train.resume import newest_complete
@@ -58,7 +59,7 @@ Inputs = Mapping[str, "Artifact | list[Artifact] | None"]
 
 
 def run(config: TrainConfig, inputs: Inputs, work: Workspace) -> Artifact:
-    """Train one phase; every rank calls it. Inputs: shards, mixture, checkpoint, teacher, probe.
+    """Train one phase; every rank calls it. Inputs: shards, mixture, checkpoint, teacher, reference, probe.
 
     Raises ConfigError, DataError, ParallelError or CheckpointError before the first step when something does not fit;
     SystemExit(143) after SIGTERM, with a checkpoint of the last finished step.
@@ -73,7 +74,7 @@ def run(config: TrainConfig, inputs: Inputs, work: Workspace) -> Artifact:
     chunks, optimizer = build(config, model, ctx)
     if ctx.is_main:
         io.atomic_write_json(work.path / MODEL_FILE, model.plain())
-    objective = make_objective(config, model, one.get("teacher"), shards, data, total, work, ctx)
+    objective = make_objective(config, model, one.get("reference") or one.get("teacher"), shards, data, total, work, ctx)
     callbacks = make_callbacks(config, model, shards, one.get("probe"), total, work)
     trainer = Trainer(config, ctx, work.path, chunks, optimizer, objective, data, total, callbacks, work.name)
     describe_start(trainer, model, parent)
@@ -147,7 +148,12 @@ def start_from(parent: CheckpointSet, chunks: Sequence[nn.Module], optimizer: An
 def make_objective(
     config: TrainConfig, model: ModelConfig, artifact: Artifact | None, shards: ShardSet, data: TrainingData, total: int, work: Workspace, ctx: ParallelContext,
 ) -> Objective:
-    """The objective with its teacher, whose cache is filled here if it has one."""
+    """The objective with its teacher, whose cache is filled here if it has one, or its reference model (`artifact`)."""
+    if config.objective == "group_dro":
+        assert artifact is not None  # TrainConfig checked
+        reference = teachers.open_teacher(DistillConfig(), artifact, shards, model.vocab_size, ctx, config.precision, "reference model")
+        assert isinstance(reference, teachers.TrainedTeacher)
+        return GroupDRO({name: data.weights[name] for name in data.sources}, ctx.device, config.group_dro, reference, artifact.name)
     if config.objective != "distill":
         return Objective(len(data.sources), ctx.device)
 
@@ -241,6 +247,7 @@ def write_payload(trainer: Trainer, artifact: Artifact, shards: ShardSet, parent
         seq_length=int(config.seq_length), global_batch=int(config.global_batch), optimizer={**config.optimizer.plain(), "lr": config.lr.plain()},
         data_cursors=cursors, data_seed=data.data_seed, data_views=data.views, shards=artifact.fingerprint, tokenizer=shards.tokenizer.sha256, sources=data.weights,
         skipped_steps=trainer.guard.skipped, layout=config.layout.plain(), precision=config.precision,
+        group_dro=trainer.objective.result() if isinstance(trainer.objective, GroupDRO) else None,
     )
     io.atomic_write_json(work.path / TRAIN_FILE, manifest.plain())
     shutil.rmtree(work.path / TOKENIZER_FOLDER, ignore_errors=True)

@@ -45,12 +45,12 @@ class Teacher(Protocol):
 class TrainedTeacher:
     """The final checkpoint of a train artifact."""
 
-    def __init__(self, artifact: Artifact, ctx: ParallelContext, precision: str) -> None:
+    def __init__(self, artifact: Artifact, ctx: ParallelContext, precision: str, role: str = "teacher") -> None:
         checkpoints = CheckpointSet.open(artifact)
         if ctx.layout.pipeline > 1:
             raise ParallelError(
-                expected="pipeline: 1 with a teacher from a train step (it answers in one pass)", found=f"pipeline: {ctx.layout.pipeline}",
-                fix="use tensor or data parallelism, or export the teacher and name the folder in distill.teacher.hf_folder",
+                expected=f"pipeline: 1 with a {role} from a train step (it answers in one pass)", found=f"pipeline: {ctx.layout.pipeline}",
+                fix="use tensor or data parallelism" + (", or export the teacher and name the folder in distill.teacher.hf_folder" if role == "teacher" else ""),
             )
         self.chunks = load_model(checkpoints.final, ctx, precision="bf16" if precision == "bf16" else "fp32")
         self.vocab_size = int(checkpoints.model["vocab_size"])
@@ -161,8 +161,11 @@ def identity(config: DistillConfig, artifact: Artifact | None, precision: str) -
     return {"kind": "huggingface", "sha256": {path.name: sha256_file(path) for path in files}, "precision": config.teacher.precision}
 
 
-def open_teacher(config: DistillConfig, artifact: Artifact | None, shards: ShardSet, vocab_size: int, ctx: ParallelContext, precision: str) -> Teacher:
-    """The teacher of a phase, checked against the student's vocabulary and the shards' tokenizer. Raises DataError."""
+def open_teacher(
+    config: DistillConfig, artifact: Artifact | None, shards: ShardSet, vocab_size: int, ctx: ParallelContext, precision: str, role: str = "teacher",
+) -> Teacher:
+    """The teacher of a phase (or another frozen model, `role`), checked against the student's vocabulary and the shards'
+    tokenizer. Raises DataError."""
     teacher: Teacher
     if config.teacher is not None:
         teacher = HuggingFaceTeacher(config.teacher, ctx.device)
@@ -172,15 +175,15 @@ def open_teacher(config: DistillConfig, artifact: Artifact | None, shards: Shard
         tokenizer = CheckpointSet.open(artifact).manifest.tokenizer
         if tokenizer != shards.tokenizer.sha256:
             raise DataError(
-                expected=f"a teacher trained on the shards' tokenizer ({shards.tokenizer.sha256[:12]})", found=f"{artifact.name} was trained on {tokenizer[:12]}",
-                fix="train the teacher on these shards",
+                expected=f"a {role} trained on the shards' tokenizer ({shards.tokenizer.sha256[:12]})", found=f"{artifact.name} was trained on {tokenizer[:12]}",
+                fix=f"train the {role} on these shards",
             )
-        teacher = TrainedTeacher(artifact, ctx, precision)
+        teacher = TrainedTeacher(artifact, ctx, precision, role)
     # A trained teacher is cut along the vocabulary like the student; of another one the columns beyond the student's are dropped.
     if teacher.vocab_size < vocab_size or (isinstance(teacher, TrainedTeacher) and teacher.vocab_size != vocab_size):
         raise DataError(
-            expected=f"a teacher with the student's {vocab_size} vocabulary entries", found=f"{teacher.vocab_size}",
-            fix="set the student's vocab_size to the teacher's, or choose another teacher",
+            expected=f"a {role} with the student's {vocab_size} vocabulary entries", found=f"{teacher.vocab_size}",
+            fix=f"set the student's vocab_size to the {role}'s, or choose another {role}",
         )
     return teacher
 

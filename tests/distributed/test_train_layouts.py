@@ -28,13 +28,16 @@ TEXT = {
 CHAT = {
     "model": MODEL, "objective": "sft", "sources": {"chat": 1.0}, "seq_length": "128 tokens", "global_batch": "512 tokens", "micro_batch": 1, "budget": "4 steps",
 }
+DRO = {"model": MODEL, "objective": "group_dro", "inputs": {"shards": "corpus", "reference": "teacher"}, "budget": "4 steps", "log": {"every": "1 steps"}}
 DISTILL = {"model": MODEL, "objective": "distill", "inputs": {"shards": "corpus", "teacher": "teacher"}, "budget": "4 steps"}
 CASES = {
     **{name: (TEXT, layout) for name, layout in LAYOUTS.items()},
     "sft-dp2": (CHAT, {}), "sft-pp2": (CHAT, {"pipeline": 2}),
     "distill-tp2": (DISTILL, {"tensor": 2}), "distill-cached-dp2": ({**DISTILL, "distill": {"cache_top_k": 32}}, {}),
     "distill-cached-tp2": ({**DISTILL, "distill": {"cache_top_k": 32}}, {"tensor": 2}),
+    "dro-dp2": (DRO, {}), "dro-tp2-sp": (DRO, {"tensor": 2, "sequence_parallel": True}),
 }
+ROLES = {"distill": "teacher", "group_dro": "reference"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def runs(tmp_path_factory):
     shards = make_shards(folder)
     teacher = train(folder, settings(model={**MODEL, "init_std": 0.2}, budget="1 steps"), "teacher", shards=shards)
     cases = {
-        name: {"settings": {**base, "layout": layout}, "inputs": {"teacher": str(teacher.path)} if base.get("objective") == "distill" else {}}
+        name: {"settings": {**base, "layout": layout}, "inputs": {ROLES[base["objective"]]: str(teacher.path)} if base.get("objective") in ROLES else {}}
         for name, (base, layout) in CASES.items()
     }
     ranks = launch(HERE / "train_layout_worker.py", 2, folder / "ranks", {"shards": str(shards.path), "cases": cases}, timeout=300)
@@ -61,7 +64,7 @@ def alone(runs):
         key = repr(sorted(base.items(), key=str))
         if key not in known:
             name = f"alone{len(known)}"
-            inputs = {"teacher": teacher} if base.get("objective") == "distill" else {}
+            inputs = {ROLES[base["objective"]]: teacher} if base.get("objective") in ROLES else {}
             known[key] = CheckpointSet.open(train(folder, settings(**base), name, shards=shards, **inputs))
         return known[key]
 
@@ -83,5 +86,7 @@ def test_equals_one_process(runs, alone, name):
         assert mine.get("grad_norm", 0.0) == pytest.approx(theirs.get("grad_norm", 0.0), rel=1e-5)
         for group in ("source_loss", "validation", "bits_per_byte"):
             assert mine.get(group, {}) == pytest.approx(theirs.get(group, {}), abs=1e-5), group
+        for part, weights in theirs.get("group_dro", {}).items():
+            assert mine["group_dro"][part] == pytest.approx(weights, abs=1e-5), part
         assert mine.get("rankme", 0.0) == pytest.approx(theirs.get("rankme", 0.0), rel=1e-4)
     assert any("grad_norm" in r for r in records)

@@ -366,3 +366,35 @@ def test_no_torch() -> None:
         "derive(load_recipe('mobilellm_r1_140m')); sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_shares_of_baselines(tmp_path: Path) -> None:
+    path = tmp_path / "baselines.yaml"
+    path.write_text(RECIPE + """
+  natural: {stage: mixture, inputs: {shards: corpus}, method: natural}
+  loo: {stage: mixture, inputs: {shards: corpus, base: mix}, method: without, without: a}
+  loo_natural: {stage: mixture, inputs: {shards: corpus}, method: without, without: b}
+  loo_unknown: {stage: mixture, inputs: {shards: corpus, base: mix2}, method: without, without: b}
+  drawn: {stage: mixture, inputs: {shards: corpus}, method: random, random: {index: 0}}
+  read: {stage: mixture, inputs: {shards: corpus, checkpoint: base}, method: perplexity}
+  dro:
+    stage: train
+    inputs: {shards: corpus, reference: big}
+    objective: group_dro
+    model: nano
+    sources: uniform
+    budget: 10 steps
+    seq_length: 64 tokens
+    global_batch: 512 tokens
+    lr: {peak: 1e-3}
+  dro_mix: {stage: mixture, inputs: {shards: corpus, proxies: [dro]}, method: doremi}
+""", "utf-8")  # fmt: skip
+    found = {plan.step: plan for plan in derive(load_recipe(path))}
+    assert {name: source.share for name, source in found["loo"].sources.items()} == {"b": 1.0}
+    assert {name: source.share for name, source in found["loo_natural"].sources.items()} == {"a": 1.0}
+    for step, words in (("loo_unknown", "influence will measure"), ("drawn", "drawn around"), ("read", "perplexities"), ("dro_mix", "group-DRO")):
+        assert found[step].sources == {}
+        assert any(words in note for note in found[step].notes), step
+    reference = forward(64, layers=6, dim=256, heads=4, kv_heads=2, ffn=768, vocabulary=512)
+    assert found["dro"].flops == 10 * 8 * (3 * nano_forward(64) + reference)
+    assert "against big" in found["dro"].does

@@ -34,5 +34,5 @@ class Metrics(Callback):
             "skipped": len(trainer.guard.skipped),
         }
         record["source_loss"] = {name: loss / count for name, (loss, count) in window.sources.items() if count}
-        trainer.record = {**record, **measured}
+        trainer.record = {**record, **trainer.objective.record(), **measured}
         trainer.window = type(window)()
