@@ -58,7 +58,7 @@ def check_face(words: list[str]) -> None:
     assert options.recipe in shipped(), f"no recipe {options.recipe!r}"
     recipe = load_recipe(options.recipe, options.overrides)
     for step in (options.only, options.until):
-        assert step is None or step in recipe.steps, f"{options.recipe} has no step {step!r}"
+        assert step is None or step in {*recipe.steps, *recipe.families}, f"{options.recipe} has no step {step!r}"
     if options.explain:
         assert explain(recipe, options.explain)["meaning"]
 

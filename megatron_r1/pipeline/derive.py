@@ -324,9 +324,42 @@ def _export(recipe: Recipe, step: str) -> dict[str, Any]:
 # -------------------------------------------------------------------- printing
 
 
-def print_plans(plans: Iterable[StepPlan], console: Console, rate: Rate | None = None) -> None:
-    """Two tables: the steps, and what every source gives to every phase; then one line per step on what it would do."""
-    plans = list(plans)
+def together(plans: Iterable[StepPlan], families: Mapping[str, list[str]]) -> list[StepPlan]:
+    """One plan per family in the place of its first step: tokens, FLOPs and bytes of all, the rest where all agree."""
+    family_of = {name: (family, names) for family, names in families.items() for name in names}
+    by_step = {plan.step: plan for plan in plans}
+    found = []
+    for plan in by_step.values():
+        family, names = family_of.get(plan.step, ("", [plan.step]))
+        if not family:
+            found.append(plan)
+        elif plan.step == min(names, key=list(by_step).index):
+            found.append(_summed(f"{family}-* ({len(names)})", [by_step[name] for name in names]))
+    return found
+
+
+def _summed(label: str, plans: list[StepPlan]) -> StepPlan:
+    def total(values: list[int | None]) -> int | None:
+        return None if None in values else sum(value or 0 for value in values)
+
+    def agreed(values: list[Any]) -> Any:
+        return values[0] if all(value == values[0] for value in values) else None
+
+    first = plans[0]
+    same = agreed([plan.sources for plan in plans])
+    notes = first.notes if same is not None else (*first.notes, "shares differ between these steps")
+    sizes = {name: sum(plan.sizes.get(name, 0) for plan in plans) for name in first.sizes}
+    return StepPlan(
+        label, first.stage, f"{first.does}" + (f"  (so {first.step}, the others alike)" if len(plans) > 1 else ""),
+        *(agreed([getattr(plan, name) for plan in plans]) for name in ("parameters", "non_embedding_parameters", "sequences_per_step", "tokens_per_step", "steps")),
+        tokens=total([plan.tokens for plan in plans]), flops=total([plan.flops for plan in plans]), sizes=sizes, sources=same or {}, notes=notes,
+    )  # fmt: skip
+
+
+def print_plans(plans: Iterable[StepPlan], console: Console, rate: Rate | None = None, families: Mapping[str, list[str]] | None = None) -> None:
+    """Two tables: the steps, and what every source gives to every phase; then one line per step on what it would do. A family
+    is one line with the sums of its steps."""
+    plans = together(plans, families or {})
     hours = [] if rate is None else ["hours"]
     columns = _right("parameters", "sequences a step", "steps", "tokens", "FLOPs", *hours, "on disk")
     steps = Table("step", "stage", *columns, title="derived values", title_justify="left")

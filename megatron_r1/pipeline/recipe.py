@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_r1.config.base import StageConfig
 from megatron_r1.config.load import Key, Layer, field_at, load, nearest, override, validate
+from megatron_r1.pipeline.families import EVERY, Families, expand
 from megatron_r1.pipeline.stages import ROLE_KINDS, STAGES, Stage
 from megatron_r1.utils.errors import ConfigError
 
@@ -20,13 +21,15 @@ Inputs = dict[str, str | list[str]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A validated recipe. `steps` are in an order in which every step comes after its inputs."""
+    """A validated recipe. `steps` are in an order in which every step comes after its inputs; `families`: steps written once
+    and made many times -> their names."""
 
     name: str
     description: str
     seed: int
     steps: dict[str, StageConfig]
     layer: Layer = field(repr=False)
+    families: Families = field(default_factory=dict)
 
     def stage(self, step: str) -> Stage:
         """The stage a step runs."""
@@ -39,6 +42,15 @@ class Recipe:
     def parents(self, step: str) -> list[str]:
         """Names of the steps a step reads, in order of their roles."""
         return list(flatten(self.inputs(step)))
+
+    def members(self, name: str) -> list[str]:
+        """The steps a name stands for: itself, or all of its family. Raises ConfigError for an unknown one."""
+        family = name.removesuffix(EVERY)
+        if family in self.families and name not in self.steps:
+            return self.families[family]
+        if name not in self.steps:
+            raise ConfigError(expected="a step of this recipe", found=repr(name), fix=nearest(name, [*self.steps, *self.families]))
+        return [name]
 
     def plain(self) -> dict[str, Any]:
         """The resolved recipe as plain data."""
@@ -80,7 +92,7 @@ def find_recipe(name: str, folder: Path) -> Path:
 def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read, merge, override and validate a recipe. Imports no torch. Raises ConfigError."""
     path = find_recipe(str(name_or_path), Path.cwd())
-    layer = override(load(path, find_recipe), overrides)
+    layer, families = expand(override(load(path, find_recipe), overrides))
     data = layer.data
     for key in data:
         if key not in TOP:
@@ -93,7 +105,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
         raise ConfigError(expected="a whole number for `seed`", found=repr(seed), fix="write seed: 1")
     configs = {step: _step(step, settings, seed, layer) for step, settings in steps.items()}
     recipe = Recipe(str(data.get("name", path.stem)), str(data.get("description", "")), seed, configs, layer)
-    return Recipe(recipe.name, recipe.description, seed, {step: configs[step] for step in _ordered(recipe)}, layer)
+    return Recipe(recipe.name, recipe.description, seed, {step: configs[step] for step in _ordered(recipe)}, layer, families)
 
 
 def _step(step: str, settings: Any, seed: int, layer: Layer) -> StageConfig:
@@ -136,6 +148,9 @@ def _ordered(recipe: Recipe) -> list[str]:
 def explain(recipe: Recipe, dotted: str) -> dict[str, str]:
     """Meaning, type, value and origin of a key such as `steps.pretrain1.lr.peak`. Raises ConfigError for an unknown key."""
     key: Key = tuple(dotted.split("."))
+    family = recipe.families.get(key[1], []) if key[0] == "steps" and len(key) >= 3 else []
+    if family:
+        return explain(recipe, ".".join(("steps", family[0], *key[2:]))) | {"key": dotted, "steps": f"the same for {len(family)} steps, {family[0]} to {family[-1]}; shown for the first"}
     if key[0] == "steps" and len(key) >= 3 and key[1] in recipe.steps:
         config = recipe.steps[key[1]]
         found = field_at(type(config), key[2:])
@@ -154,7 +169,7 @@ def explain(recipe: Recipe, dotted: str) -> dict[str, str]:
             }
         fields: Iterable[str] = _siblings(type(config), key[2:-1])
     elif key[0] == "steps":
-        fields = recipe.steps
+        fields = [*recipe.steps, *recipe.families]
     elif len(key) == 1 and key[0] in TOP:
         return {"key": dotted, "meaning": "top level of the recipe", "type": "", "value": repr(getattr(recipe, dotted)), "origin": recipe.layer.origin(key)}
     else:

@@ -25,10 +25,9 @@ from megatron_r1.artifacts.base import (
     open_workspace,
     step_fingerprint,
 )
-from megatron_r1.config.load import nearest
 from megatron_r1.pipeline.recipe import Recipe
 from megatron_r1.utils import io
-from megatron_r1.utils.errors import ConfigError, EnvironmentProblem
+from megatron_r1.utils.errors import EnvironmentProblem
 from megatron_r1.utils.logging import duration, get_logger, is_main_rank
 
 log = get_logger("pipeline")
@@ -62,7 +61,7 @@ def run_recipe(
         complete: dict[str, Artifact] = {}
         done: list[Done] = []
         for number, step in enumerate(wanted, start=1):
-            may_run = only is None or step == only
+            may_run = only is None or step in recipe.members(only)
             result = _run_step(recipe, step, folder, complete, command, verify, may_run, f"[{number}/{len(wanted)}]")
             complete[step] = result.artifact
             done.append(result)
@@ -72,13 +71,12 @@ def run_recipe(
 
 
 def select(recipe: Recipe, only: str | None, until: str | None) -> list[str]:
-    """The steps to walk through, inputs first. Raises ConfigError for an unknown step."""
+    """The steps to walk through, inputs first; the name of a family stands for all of its steps. Raises ConfigError for an
+    unknown one."""
     target = only or until
     if target is None:
         return list(recipe.steps)
-    if target not in recipe.steps:
-        raise ConfigError(expected="a step of this recipe", found=repr(target), fix=nearest(target, recipe.steps))
-    needed = {target}
+    needed = set(recipe.members(target))
     for step in reversed(recipe.steps):
         if step in needed:
             needed.update(recipe.parents(step))
