@@ -40,13 +40,17 @@ class FiniteDifference:
     def moved(self, direction: Mapping[str, Tensor], h: float) -> Iterator[None]:
         """theta + h d inside the block; exactly theta after it, whatever happens inside."""
         try:
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    line = direction[name].to(device=parameter.device, dtype=parameter.dtype)
-                    parameter.copy_(torch.add(self._saved[name], line, alpha=h))
+            self._move(direction, h)
             yield
         finally:
             self.restore()
+
+    @torch.no_grad()
+    def _move(self, direction: Mapping[str, Tensor], h: float) -> None:
+        """To theta + h d, from wherever the weights are."""
+        for name, parameter in self.parameters.items():
+            line = direction[name].to(device=parameter.device, dtype=parameter.dtype)
+            torch.add(self._saved[name], line, alpha=h, out=parameter)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -86,7 +90,7 @@ class FiniteDifference:
         h = self.step(direction) if h is None else h
         with self.moved(direction, h):
             above = self.row_losses(batches, advance)
-        with self.moved(direction, -h):
+            self._move(direction, -h)
             below = self.row_losses(batches, advance)
         return (above - below) / (2.0 * h)
 

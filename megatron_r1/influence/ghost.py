@@ -183,10 +183,9 @@ class Ghost:
                 found=f"none for {len(absent)}, such as {absent[0]}" if absent else "no direction",
                 fix="score along gradients of this very model",
             )
-        return {
-            name: torch.stack([direction[name].to(parameter) for direction in directions])
-            for name, parameter in self.parameters.items()
-        }
+        parts = {name: [direction[name].to(parameter) for direction in directions] for name, parameter in self.parameters.items()}
+        # A single one is not copied.
+        return {name: torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0) for name, each in parts.items()}
 
 
 class _ScoredLoss(torch.autograd.Function):

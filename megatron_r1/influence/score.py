@@ -70,7 +70,8 @@ def _missing(job: Job, point: CheckpointInfo) -> tuple[list[Partition], bool, bo
 
 @dataclass(frozen=True)
 class Lines:
-    """The directions of one capability: of its whole probe and, with folds, of each of them (kept in host memory)."""
+    """The directions of one capability: of its whole probe and, with folds, of each of them (kept in host memory, so that those of
+    one pass lie on the device once)."""
 
     whole: Direction
     folds: list[Direction]
@@ -201,7 +202,7 @@ def _directions(
             folds.append({name: line.cpu() for name, line in along.items()})
         truncation = max(truncations) if truncations else None
         whole = precondition(total) if job.folds else along
-        lines.append(Lines(whole, folds, np.array(weights)))
+        lines.append(Lines({name: line.cpu() for name, line in whole.items()}, folds, np.array(weights)))
         notes[capability] = {
             "probe_loss": loss,
             "gradient_norm": space.norm(total),

@@ -27,11 +27,19 @@ class Space:
 
     def inner(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
         """<a, b> over all parameters of the model, each once."""
-        return sum(float((a[name].double() * b[name].double()).sum()) for name in a)
+        return self._joined(sum(float((part.double() * b[name].double()).sum()) for name, part in self._counted(a).items()))
+
+    def _counted(self, a: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What counts as this process' of all that it has."""
+        return a
+
+    def _joined(self, number: float) -> float:
+        """Sum over the processes."""
+        return number
 
     def norm(self, a: Mapping[str, Tensor]) -> float:
         """Euclidean norm over all parameters."""
-        return self.inner(a, a) ** 0.5
+        return self._joined(sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in self._counted(a).values())) ** 0.5
 
     def union(self, values: Iterable[str]) -> list[str]:
         """What any process has, in order."""
@@ -59,9 +67,11 @@ class Sharded(Space):
         mine = owned(chunks, ctx)
         self._counts = {name for name, parameter in self.parameters.items() if id(parameter) in mine}
 
-    def inner(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-        here = super().inner({name: part for name, part in a.items() if name in self._counts}, b)
-        return float(self.ctx.all_reduce_sum(torch.tensor(here, dtype=torch.float64, device=self.ctx.device), over="model"))
+    def _counted(self, a: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {name: part for name, part in a.items() if name in self._counts}
+
+    def _joined(self, number: float) -> float:
+        return float(self.ctx.all_reduce_sum(torch.tensor(number, dtype=torch.float64, device=self.ctx.device), over="model"))
 
     def union(self, values: Iterable[str]) -> list[str]:
         return sorted(set().union(*self.ctx.gather_objects(sorted(set(values)))))
