@@ -164,6 +164,10 @@ def _mixture(artifact: Artifact, step: Step) -> MixtureView:
         redundancy=mixture.redundancy,
         kept=mixture.kept,
         decision=mixture.decision,
+        without=mixture.without,
+        base=mixture.base,
+        regression=mixture.regression,
+        perplexity=mixture.perplexity,
         notes=tuple(mixture.notes),
     )
 
@@ -185,6 +189,7 @@ def _trained(artifact: Artifact, step: Step) -> Trained:
         sources=_sources_in_words(step),
         start=step.parent("checkpoint"),
         teacher=step.parent("teacher"),
+        reference=step.parent("reference"),
     )
 
 

@@ -8,7 +8,7 @@ themes apply.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 
@@ -25,7 +25,8 @@ GROUP = {
 
 @dataclass(frozen=True)
 class Arrow:
-    """From a parent to a child. `weights`: the child starts from the parent's weights; `teacher`: it learns from them."""
+    """From a parent to a child. `weights`: the child starts from the parent's weights; `teacher`: it learns from them, or is
+    compared with them while it learns."""
 
     parent: str
     child: str
@@ -63,9 +64,30 @@ def arrows(steps: Sequence[Step]) -> list[Arrow]:
             both_train = by_name[parent].kind == step.kind == "checkpoint"
             implied = any(parent in above(other) for other in parents[step.name] if other != parent)
             if both_train or not implied:
-                teacher = both_train and roles[parent] == "teacher"
+                teacher = both_train and roles[parent] in ("teacher", "reference")
                 found.append(Arrow(parent, step.name, weights=both_train and not teacher, teacher=teacher))
     return found
+
+
+FAMILY = 3
+"""From so many steps of one stage whose names differ after the last dash only, one box stands for all."""
+
+
+def gathered(steps: Sequence[Step]) -> list[Step]:
+    """The steps with every family of a recipe (proxy-0, proxy-1, ...) as one: its name counts it, its time is the sum."""
+    families: dict[tuple[str, str], list[Step]] = {}
+    for step in steps:
+        if "-" in step.name:
+            families.setdefault((step.name.rpartition("-")[0], step.stage), []).append(step)
+    label = {s.name: f"{prefix}-* ({len(found)})" for (prefix, _), found in families.items() if len(found) >= FAMILY for s in found}
+    made: dict[str, Step] = {}
+    for step in steps:
+        parents = dict.fromkeys((role, label.get(name, name), "" if name in label else digest) for role, name, digest in step.parents)
+        name = label.get(step.name, step.name)
+        before = made.get(name)
+        together = tuple(dict.fromkeys([*(before.parents if before else ()), *parents]))
+        made[name] = replace(step, name=name, parents=together, seconds=step.seconds + (before.seconds if before else 0.0))
+    return list(made.values())
 
 
 def draw_arc(steps: Sequence[Step], title: str) -> str:

@@ -14,8 +14,22 @@ from markupsafe import Markup
 
 from megatron_r1.report import figures
 from megatron_r1.report.figures import Figure
-from megatron_r1.report.graph import draw_arc
-from megatron_r1.report.records import Change, Evaluated, Influence, Reliable, Result, Run, Source, Step, origin_parts
+from megatron_r1.report.graph import draw_arc, gathered
+from megatron_r1.report.leave_one_out import JOINT, LeaveOneOut, analyses
+from megatron_r1.report.records import (
+    Change,
+    Evaluated,
+    Influence,
+    MixtureView,
+    Reliable,
+    Result,
+    Run,
+    Source,
+    Step,
+    Trained,
+    origin_parts,
+)
+from megatron_r1.report.settings import comparable
 from megatron_r1.report.text import count, duration, percent, plural, signed, significant, size
 from megatron_r1.report.verdicts import Pair, Verdict, equal_budget_pairs, is_control
 
@@ -56,12 +70,25 @@ def draw_all(run: Run, points: int) -> Drawn:
     return Drawn(
         influence={i.step: figures.influence_map(i, source_order(run, i.cells), noise) for i in run.influences},
         validity={i.step: f for i in run.influences if (f := figures.validity_scatter(i)) is not None},
-        mixture={m.step: figures.mixture_bars(m, noise) for m in run.mixtures if m.method not in ("uniform", "natural") or m.rho or m.kept},
+        mixture={m.step: figures.mixture_bars(m, noise) for m in run.mixtures if drawn_alone(m)},
         probe_loss=[(pair, figures.probe_curves(pair, points)) for pair in equal_budget_pairs(run) if pair.capabilities],
-        loss=[f for f in (figures.loss_curve(t, points) for t in run.trained) if f is not None],
+        loss=[f for t in run.trained if not in_family(run, t) and (f := figures.loss_curve(t, points)) is not None],
         rankme=figures.rankme_curves(run.trained, points),
         evaluation=[f for f in evaluation if f is not None],
     )
+
+
+def drawn_alone(mixture: MixtureView) -> bool:
+    """Whether a mixture has a figure of its own: not the plainest ones, nor members of families of dozens."""
+    if mixture.method in ("random", "without"):
+        return False
+    return mixture.method not in ("uniform", "natural") or bool(mixture.rho) or mixture.kept is not None
+
+
+def in_family(run: Run, trained: Trained) -> bool:
+    """Whether a training is one of many that are shown together: a proxy, or one with a source left out."""
+    mixture = run.mixture(trained.mixture)
+    return mixture is not None and mixture.method in ("random", "without")
 
 
 def source_order(run: Run, names: Mapping[str, Any]) -> list[str]:
@@ -101,10 +128,12 @@ def render(run: Run, verdicts: Sequence[Verdict], drawn: Drawn, title: str, own:
         "held": held,
         "tested": tested,
         "summary": summary(run),
-        "arc": Markup(draw_arc([*run.steps, own], "Graph of the run's steps; the table under Provenance lists the same links")),
+        "arc": Markup(draw_arc(gathered([*run.steps, own]), "Graph of the run's steps; the table under Provenance lists the same links")),
         "corpora": [corpus_rows(run, c.sources) for c in run.corpora],
         "dropped": [dropped_counts(c.sources) for c in run.corpora],
         "heat": [heat_map(run, i) for i in run.influences],
+        "compared": [compared_table(group) for group in comparable(run)],
+        "left_out": [left_out_table(run, analysis) for analysis in analyses(run)],
         "evaluation": evaluation_table(run.evaluated),
         "speeds": speed_rows(run),
         "objectives": OBJECTIVES,
@@ -245,6 +274,29 @@ def reliability_rows(found: Sequence[Reliable]) -> list[dict[str, Any]]:
             enough = r.value is not None and r.value >= RELIABLE
             row["needs"] = "enough" if enough else f"about {r.needed:,}" if r.needed is not None else "cannot be foretold"
     return [row for row in rows.values() if any(value is not None for value in row["values"].values())]
+
+
+def compared_table(group: Sequence[tuple[Trained, MixtureView]]) -> dict[str, Any]:
+    """Final probe losses of trainings that differ in their mixture only, the lowest mean first."""
+    capabilities = [c for c in group[0][0].capabilities if all(c in trained.capabilities for trained, _ in group)]
+    rows = []
+    for trained, mixture in group:
+        losses = [trained.probe_curve(c)[-1][1] for c in capabilities]
+        rows.append({"trained": trained, "mixture": mixture, "losses": losses, "mean": sum(losses) / len(losses) if losses else float("nan")})
+    return {"capabilities": capabilities, "tokens": group[0][0].tokens, "start": group[0][0].start, "rows": sorted(rows, key=lambda row: row["mean"])}
+
+
+def left_out_table(run: Run, analysis: LeaveOneOut) -> dict[str, Any]:
+    """Sources x capabilities of a leave-one-out analysis, what helps most first; `tone` in [-1, 1] sets a cell's colour."""
+    top = max((abs(value) for row in analysis.truth.values() for value in row.values()), default=0.0) or 1.0
+    rows = [
+        {
+            "source": source, "distractor": source in run.distractors,
+            "cells": [{"value": _small(value), "tone": round(value / top, 3)} for c in analysis.capabilities for value in [analysis.truth[source][c]]],
+        }
+        for source in sorted(analysis.truth, key=lambda name: -analysis.truth[name][JOINT])
+    ]  # fmt: skip
+    return {"analysis": analysis, "rows": rows}
 
 
 def evaluation_table(evaluated: Sequence[Evaluated]) -> dict[str, Any]:

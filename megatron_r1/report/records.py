@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_r1.artifacts.mixture import Decision, KeptDocuments, Redundancy
+from megatron_r1.artifacts.mixture import Decision, KeptDocuments, PerplexityRecord, Redundancy, Regression
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,10 @@ class MixtureView:
     redundancy: Redundancy | None = None
     kept: KeptDocuments | None = None
     decision: Decision | None = None
+    without: str | None = None
+    base: Mapping[str, float] | None = None
+    regression: Regression | None = None
+    perplexity: PerplexityRecord | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -206,6 +210,7 @@ class Trained:
     sources: str
     start: str | None
     teacher: str | None
+    reference: str | None = None
 
     @property
     def tokens_per_second(self) -> float | None:

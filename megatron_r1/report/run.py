@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from megatron_r1.artifacts.base import Artifact, Workspace
 from megatron_r1.report.collect import collect
 from megatron_r1.report.config import ReportConfig
+from megatron_r1.report.leave_one_out import analyses, lines
 from megatron_r1.report.page import draw_all, own_step, render
 from megatron_r1.report.tables import tables
 from megatron_r1.report.verdicts import Verdict, judge
@@ -30,6 +31,9 @@ def run(config: ReportConfig, inputs: Mapping[str, Artifact | list[Artifact] | N
         io.atomic_write_text(work.path / "tables" / f"{table.name}.csv", table.csv())
     own = own_step(work.name, work.fingerprint, found.steps)
     io.atomic_write_text(work.path / "report.html", render(found, verdicts, drawn, config.title, own))
+    for analysis in analyses(found):
+        for line in lines(analysis):
+            log.info("%s", line)
     for verdict in verdicts:
         log.info("%s: %s. %s", ANSWERS[verdict.status], verdict.claim, verdict.detail)
     return work.complete({"headline": [headline(verdict) for verdict in verdicts], "steps": len(artifacts)})

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_r1.report.leave_one_out import analyses
 from megatron_r1.report.records import Run, origin_parts
-from megatron_r1.report.verdicts import Verdict, equal_budget_pairs
+from megatron_r1.report.settings import comparable
+from megatron_r1.report.verdicts import Verdict, equal_budget_pairs, last_losses
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Table:
 def tables(run: Run, verdicts: Sequence[Verdict]) -> list[Table]:
     """Every table that has at least one row."""
     found = [
-        _verdicts(verdicts), _corpora(run), _probes(run), _influence(run), _reliability(run), _validity(run), _mixtures(run), _decisions(run), _kept(run), _probe_loss(run), _metrics(run),
+        _verdicts(verdicts), _corpora(run), _probes(run), _influence(run), _reliability(run), _validity(run), _mixtures(run), _decisions(run), _kept(run), _compared(run), _leave_one_out(run), _agreement(run), _probe_loss(run), _metrics(run),
         _evaluation(run), _artifacts(run),
     ]  # fmt: skip
     return [table for table in found if table.rows]
@@ -120,6 +122,39 @@ def _kept(run: Run) -> Table:
         for source, count in m.kept.documents.items()
     )
     return _table("kept_documents", "step rule control unscored source scored passed documents tokens", rows)
+
+
+def _compared(run: Run) -> Table:
+    rows = (
+        (number, trained.step, mixture.step, mixture.method, trained.tokens, capability, loss)
+        for number, group in enumerate(comparable(run))
+        for trained, mixture in group
+        for capability, loss in last_losses(trained).items()
+    )
+    return _table("mixtures_compared", "group step mixture method tokens capability loss_nats_per_token", rows)
+
+
+def _leave_one_out(run: Run) -> Table:
+    """Truth, and beside it the prediction of every influence table measured at the start (an empty name without one)."""
+    rows = (
+        (a.full.step, trained.step, source, capability, a.truth[source][capability], prediction.influence if prediction else None,
+         prediction.values[source][capability] if prediction else None)
+        for a in analyses(run)
+        for prediction in (a.predictions or (None,))
+        for source, trained in a.left_out.items()
+        for capability in a.capabilities
+    )  # fmt: skip
+    return _table("leave_one_out", "full_step step source capability loss_without_minus_with influence predicted", rows)
+
+
+def _agreement(run: Run) -> Table:
+    rows = (
+        (a.full.step, p.influence, p.preconditioner, r.capability, len(a.truth), r.spearman, r.low, r.high)
+        for a in analyses(run)
+        for p in a.predictions
+        for r in p.ranks
+    )
+    return _table("leave_one_out_agreement", "full_step influence preconditioner capability sources spearman low high", rows)
 
 
 def _probe_loss(run: Run) -> Table:

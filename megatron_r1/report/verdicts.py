@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
+from megatron_r1.report.leave_one_out import ALL, analyses
 from megatron_r1.report.records import Evaluated, Influence, MixtureView, Result, Run, Trained
+from megatron_r1.report.settings import comparable, differences, same_model
 
 Status = Literal["ok", "partly", "not ok", "absent"]
 ZERO_WEIGHT = 1e-9
@@ -63,6 +65,8 @@ def judge(run: Run, shuffled: str | None = None) -> tuple[Verdict, ...]:
         _ahead_in_weight(run),
         *_measured_again(run, shuffled),
         _beats_uniform(run),
+        *_beats_baselines(run),
+        *_leave_one_out(run),
         *_beats_control(run),
         _sft_above_base(run),
         _control_at_chance(run),
@@ -181,20 +185,10 @@ def equal_budget_pairs(run: Run) -> tuple[Pair, ...]:
         if mixture is None or not _from_influence(mixture):
             continue
         for control in run.trained:
-            same_start = control.start == tested.start and control.teacher == tested.teacher and _same_model(run, tested, control)
+            same_start = control.start == tested.start and control.teacher == tested.teacher and same_model(run, tested, control)
             if _on_uniform(run, control) and same_start and control.objective == tested.objective:
-                pairs.append(Pair(tested, control, mixture, _differences(run, tested, control)))
+                pairs.append(Pair(tested, control, mixture, differences(run, tested, control)))
     return tuple(pairs)
-
-
-def _same_model(run: Run, tested: Trained, control: Trained) -> bool:
-    """Random starts are the same weights only for the same sizes; a start from a checkpoint is compared by the caller."""
-    return tested.start is not None or run.step(tested.step).config.get("model") == run.step(control.step).config.get("model")
-
-
-def _differences(run: Run, tested: Trained, control: Trained) -> tuple[str, ...]:
-    a, b = (dict(run.step(t.step).config) for t in (tested, control))
-    return tuple(sorted(k for k in a.keys() | b.keys() if k not in ("inputs", "sources") and a.get(k) != b.get(k)))
 
 
 def _beats_uniform(run: Run) -> Verdict:
@@ -213,6 +207,49 @@ def _beats_uniform(run: Run) -> Verdict:
     return Verdict(key, claim, _status(good, bad), f"Final probe loss in nats per token: {_join(gaps)}. {seeds}")
 
 
+def last_losses(trained: Trained) -> dict[str, float]:
+    """Capability -> probe loss at the end, nats per token."""
+    return {capability: trained.probe_curve(capability)[-1][1] for capability in trained.capabilities}
+
+
+def _beats_baselines(run: Run) -> tuple[Verdict, ...]:
+    """Influence against every other mixture trained on alike; no line without other mixtures than the uniform one."""
+    key, claim = "beats_baselines", "At equal tokens the influence mixture ends with a lower mean probe loss than every other method's"
+    good, bad, said = [], [], []
+    for group in comparable(run):
+        means = {mixture.step: math.fsum(losses.values()) / len(losses) for trained, mixture in group if (losses := last_losses(trained))}
+        tested = next((m.step for _, m in group if _from_influence(m)), None)
+        others = [m.step for _, m in group if not _from_influence(m)]
+        if tested is None or not any(not m.is_uniform for _, m in group if m.step in others):
+            continue
+        (good if all(means[tested] < means[name] for name in others) else bad).append(tested)
+        said.append(", ".join(f"{name} {means[name]:.4f}" for name in sorted(means, key=lambda name: means[name])))
+    if not said:
+        return ()
+    seeds = "One seed, so small gaps may be chance."
+    return (Verdict(key, claim, _status(good, bad), f"Mean final probe loss in nats per token, best first: {'; '.join(said)}. {seeds}"),)
+
+
+def _leave_one_out(run: Run) -> tuple[Verdict, ...]:
+    """Predicted influence against leaving sources out; no line without such trainings. Holds when the interval is above 0."""
+    found = analyses(run)
+    if not found:
+        return ()
+    key, claim = "leave_one_out", "Influence ranks the sources as leaving each of them out does (interval of the rank correlation above 0)"
+    predictions = [(p, rank) for analysis in found for p in analysis.predictions for rank in p.ranks if rank.capability == ALL]
+    if not predictions:
+        return (Verdict(key, claim, "absent", "No influence table measured at the start of these trainings is among the inputs."),)
+    said, held, leaning = [], 0, 0
+    for prediction, rank in predictions:
+        held += rank.low is not None and rank.low > 0
+        leaning += rank.spearman is not None and rank.spearman > 0
+        width = "" if rank.low is None else f" ({rank.low:+.2f} to {rank.high:+.2f})"
+        said.append(f"{prediction.influence}, {prediction.preconditioner}: " + ("not defined" if rank.spearman is None else f"{rank.spearman:+.2f}") + width)
+    status: Status = "ok" if held == len(predictions) else "partly" if held or leaning else "not ok"
+    detail = f"Mean Spearman over capabilities with a 95 % bootstrap interval over sources: {'; '.join(said)}. One training per source, so noise of training is in it."
+    return (Verdict(key, claim, status, detail),)
+
+
 def control_pairs(run: Run) -> tuple[Pair, ...]:
     """Training steps on documents that a rule kept, each with one on as many at random, from the same start."""
     pairs = []
@@ -222,9 +259,9 @@ def control_pairs(run: Run) -> tuple[Pair, ...]:
             continue
         for control in run.trained:
             other = run.mixture(control.mixture)
-            alike = control.start == tested.start and control.teacher == tested.teacher and _same_model(run, tested, control)
+            alike = control.start == tested.start and control.teacher == tested.teacher and same_model(run, tested, control)
             if other is not None and other.kept is not None and other.kept.control and other.kept.rule == mixture.kept.rule and alike:
-                pairs.append(Pair(tested, control, mixture, _differences(run, tested, control)))
+                pairs.append(Pair(tested, control, mixture, differences(run, tested, control)))
     return tuple(pairs)
 
 
