@@ -251,6 +251,10 @@ class InfluenceTable:
         other._cache = self._cache
         return other
 
+    def keep(self, source: str, scores: DocumentScores) -> None:
+        """Take these scores of a source instead of reading them."""
+        self._cache[source] = scores
+
     @property
     def sources(self) -> list[str]:
         """Scored sources, in the record's order."""

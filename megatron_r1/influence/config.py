@@ -79,6 +79,12 @@ class InfluenceConfig(StageConfig):
     sources: list[str] | None = Field(
         default=None, min_length=1, description="sources to score; by default every source of the shards"
     )
+    capabilities: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="capabilities of the probe to score for; by default all. With a model specialised on each, an influence step for "
+        "each, and a mixture reads them together (inputs.influence: [a, b, c])",
+    )
     documents: int = Field(
         default=48,
         ge=1,

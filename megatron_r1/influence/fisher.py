@@ -88,11 +88,11 @@ class FisherDocuments:
                 )
             self.advance(3 * batch["tokens"].numel())
             heard, self._heard = self._heard, {}
-            yield {**heard, **{n: found[n] for n in self._wanted}}
+            yield {**heard, **{n: _wide(found[n]) for n in self._wanted}}
 
     def _hear(self, use: Use) -> None:
         if use.tap.name in self._linear:
-            self._heard[use.tap.name] = LinearUse(use.inputs, use.gradient)
+            self._heard[use.tap.name] = LinearUse(_wide(use.inputs), _wide(use.gradient))
 
     def _with_drawn_labels(self, i: int, device: torch.device, seed: int) -> Batch:
         batch = collate([self.reference.rows[i]], device)
@@ -100,3 +100,8 @@ class FisherDocuments:
         batch["labels"] = drawn_labels(self.model, batch["tokens"], uniform)
         self.advance(batch["tokens"].numel())
         return batch
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least fp32: sums over many documents need the digits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

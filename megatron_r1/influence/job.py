@@ -150,9 +150,18 @@ def prepare(
             found=f"{', '.join(unknown)}",
             fix="correct influence's `sources`, or leave it out to score every source",
         )
+    wanted = list(probe.capabilities) if config.capabilities is None else config.capabilities
+    absent = sorted(set(wanted) - set(probe.capabilities))
+    if absent:
+        raise ConfigError(
+            expected=f"capabilities of the probe ({', '.join(probe.capabilities)})",
+            found=f"{', '.join(absent)}",
+            fix="correct influence's `capabilities`, or leave it out to score for all",
+        )
     rows = {
         name: [Row(i, document.tokens(shards)) for i, document in enumerate(found.documents)]
         for name, found in probe.capabilities.items()
+        if name in wanted
     }
     trained = [point for point in checkpoints.checkpoints if point.step > 0]
     chosen = {source: choose(config, source, shards.split(source, "train")) for source in sources}

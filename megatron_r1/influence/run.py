@@ -100,16 +100,16 @@ def finish(job: Job, probe: ProbeSet, work: Workspace, validity: dict[str, Any] 
         notes.append("intervals do not cover the choice of probe windows; set probe_folds above 1 for that")
     elif config.probe_folds < FEW_FOLDS:
         notes.append(f"{config.probe_folds} probe folds hardly tell how noisy the probe is, so intervals are wide; 8 are better")
-    chosen = about[steps[-1]]["preconditioner"]["parameters"]
+    kept = about[steps[-1]]["preconditioner"]["parameters"]
     if config.parameters != "all":
-        notes.append(f"gradients of some parameters only were compared ({', '.join(chosen[:4])}{', ...' if len(chosen) > 4 else ''}: {len(chosen)} tensors)")
+        notes.append(f"gradients of some parameters only were compared ({', '.join(kept[:4])}{', ...' if len(kept) > 4 else ''}: {len(kept)} tensors)")
     record = InfluenceRecord(
         capabilities=list(job.probe),
         preconditioner=config.preconditioner,
         eps=eps,
         curvature=_curvature(job, {step: found["preconditioner"] for step, found in about.items()}),
         parameters=config.parameters,
-        scored_parameters=[] if config.parameters == "all" else chosen,
+        scored_parameters=[] if config.parameters == "all" else kept,
         engine=config.engine,
         fd_epsilon=config.fd_epsilon,
         score_unit=config.score_unit,

@@ -22,9 +22,10 @@ class MixtureInputs(Frozen):
     """The steps a mixture is made from."""
 
     shards: StepName = Field(description="corpus step whose sources are mixed")
-    influence: StepName | None = Field(
+    influence: StepName | list[StepName] | None = Field(
         default=None,
-        description="influence step; needed by the methods influence and kl and by `filter`. Given to another method, "
+        description="influence step, or a list of them for different capabilities of the same documents (one for each model that is "
+        "specialised on a capability); needed by the methods influence and kl and by `filter`. Given to another method, "
         "what it measured is recorded beside the weights, so that mixtures from one table can be compared",
     )
     previous: StepName | None = Field(

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_r1.artifacts.base import Artifact, Parent, Workspace
 from megatron_r1.artifacts.influence import InfluenceTable
+from megatron_r1.artifacts.influence_join import open_influence
 from megatron_r1.artifacts.mixture import (
     MIXTURE_FILE,
     KeptDocuments,
@@ -155,26 +156,27 @@ class Looked:
 
 
 def look(
-    config: MixtureConfig, shards: ShardSet, names: list[str], artifact: Artifact, influence: Artifact | None
+    config: MixtureConfig, shards: ShardSet, names: list[str], artifact: Artifact, influence: Artifact | list[Artifact] | None
 ) -> Looked:
     """Read the scores; count duplicates once and choose documents as asked. Raises ArtifactError for other shards."""
     if influence is None:
         return Looked()
-    table = InfluenceTable.open(influence)
+    table, fingerprint = open_influence(influence)
     absent = sorted(set(names) - set(table.sources))
     splits = {name: shards.split(name, "train") for name in names if name not in absent}
     if config.redundancy is None and config.filter.rule == "none":
-        return Looked(table, influence.fingerprint)
+        return Looked(table, fingerprint)
     if absent:
         raise ArtifactError(
             expected="influence scores for every source of the mixture",
             found=f"none for {', '.join(absent)}",
             fix="score these sources, or list the others under the mixture's `sources`",
         )
-    _same_shards(artifact, influence)
+    for one in [influence] if isinstance(influence, Artifact) else influence:
+        _same_shards(artifact, one)
     numbers, kept, pool = keep(config, table, splits, config.seed or 0) if config.filter.rule != "none" else ({}, None, None)
     counted, found = count_once(config.redundancy, table, splits) if config.redundancy is not None else (table, None)
-    return Looked(counted, influence.fingerprint, found, numbers, kept, pool)
+    return Looked(counted, fingerprint, found, numbers, kept, pool)
 
 
 def _same_shards(shards: Artifact, influence: Artifact) -> None:

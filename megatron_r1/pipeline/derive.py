@@ -145,7 +145,8 @@ def shares(recipe: Recipe, step: str) -> tuple[dict[str, float], str]:
             return _normalised({name: float(tokens or 0) for name, tokens in known.items()}), ""
         return {}, f"shares follow the sizes {config.inputs.shards} will find"
     if stated in ("influence", "kl"):
-        return {}, f"shares follow the influence {config.inputs.influence} will measure"
+        steps = config.inputs.influence
+        return {}, f"shares follow the influence {steps if isinstance(steps, str) else ', '.join(steps)} will measure"
     if stated == "without":
         return _left_out(recipe, step, names)
     if stated in OPEN:
@@ -288,7 +289,7 @@ def _influence(recipe: Recipe, step: str) -> dict[str, Any]:
     config: Any = recipe.steps[step]
     probe: Any = recipe.steps[config.inputs.probe]
     model = model_of(recipe, config.inputs.checkpoint)
-    capabilities, length = len(probe.capabilities), config.tokens_per_document
+    capabilities, length = len(config.capabilities or probe.capabilities), config.tokens_per_document
     documents = config.documents * len(config.sources or pools(recipe, config.inputs.shards))
     look = capabilities * probe.documents * probe.tokens_per_document
     split = 0 if config.probe_folds == 1 else documents // config.documents * (config.fold_documents or config.documents)

@@ -351,6 +351,31 @@ def test_embeddings_alone_can_be_scored(world: World, tmp_path: Path) -> None:
         score(influence_config(**few, parameters=["*linear_fc3*"]), world, tmp_path)
 
 
+def test_one_capability_alone_scores_as_among_others(world: World, tmp_path: Path) -> None:
+    """What a model specialised on a capability is scored with; its mixture joins such tables."""
+    few = {"documents": 4, "checkpoints": 1, "sources": ["left", "shuffled"], "validity": {"batches": 0}}
+    both, alone = (
+        InfluenceTable.open(score(influence_config(**few, capabilities=wanted), world, tmp_path / str(i))) for i, wanted in enumerate((None, ["right"]))
+    )
+    assert alone.record.capabilities == ["right"]
+    for source in few["sources"]:
+        assert np.allclose(alone.scores(source).raw[:, 0], both.scores(source).raw[:, 1], rtol=1e-4, atol=1e-9)
+    with pytest.raises(ConfigError, match=r"\(left, right\)[\s\S]*found: up"):
+        score(influence_config(**few, capabilities=["left", "up"]), world, tmp_path / "no")
+
+
+@pytest.mark.parametrize("preconditioner", ["datainf", "ekfac"])
+def test_curvature_of_bf16_weights_is_close(world: World, tmp_path: Path, preconditioner: str) -> None:
+    few = {"documents": 12, "checkpoints": 1, "sources": ["left", "shuffled"], "fd_check_documents": 0, "validity": {"batches": 0}}
+    few |= {"preconditioner": preconditioner, "curvature": {"documents": 8}}
+    exact, half = (
+        InfluenceTable.open(score(influence_config(**few, precision=precision), world, tmp_path / precision)) for precision in ("fp32", "bf16")
+    )
+    for source in few["sources"]:
+        for a, b in zip(exact.scores(source).raw.T, half.scores(source).raw.T):
+            assert np.corrcoef(a.ravel(), b.ravel())[0, 1] >= 0.95
+
+
 def test_the_receipt_can_take_another_optimizers_step(world: World, tmp_path: Path) -> None:
     few = {"documents": 6, "checkpoints": 1, "sources": ["left", "right"]}
     found = score(influence_config(**few, validity={"batches": 3, "optimizer": "sgd"}), world, tmp_path)
