@@ -398,3 +398,16 @@ def test_shares_of_baselines(tmp_path: Path) -> None:
     reference = forward(64, layers=6, dim=256, heads=4, kv_heads=2, ffn=768, vocabulary=512)
     assert found["dro"].flops == 10 * 8 * (3 * nano_forward(64) + reference)
     assert "against big" in found["dro"].does
+
+
+def test_a_mixture_of_specialised_models_reads_a_table_for_each() -> None:
+    recipe = load_recipe("quickstart_specialists")
+    wanted = [f"measured-{name}" for name in ("code", "math", "knowledge")]
+    assert recipe.inputs("mix1")["influence"] == wanted
+    for name, step in zip(("code", "math", "knowledge"), wanted):
+        assert (recipe.steps[step].capabilities, recipe.inputs(step)["checkpoint"]) == ([name], f"specialist-{name}")
+    plans = {plan.step: plan for plan in derive(recipe)}
+    assert any("influence measured-code, measured-math, measured-knowledge will measure" in note for note in plans["mix1"].notes)
+    # One capability of three, at five checkpoints: less than the same scores along all of them.
+    alone = load_recipe("quickstart_specialists", ["steps.measured-code.capabilities=null"])
+    assert plans["measured-code"].flops < next(plan.flops for plan in derive(alone) if plan.step == "measured-code")
