@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launch import launch
 from tiny_shards import build_shards, documents, markov
 
-from megatron_r1.artifacts.base import Artifact, open_workspace
+from megatron_r1.artifacts.base import Artifact, open_artifact, open_workspace
 from megatron_r1.artifacts.checkpoint import CheckpointSet
 from megatron_r1.artifacts.mixture import load_mixture
 from megatron_r1.data.shards import ShardSet
@@ -113,3 +114,21 @@ def test_what_does_not_fit_is_refused(world: tuple[Artifact, Artifact], tmp_path
     short = build_shards(tmp_path, {"one": {"train": [np.array([3])]}, "two": {"train": [np.arange(9)]}})
     with pytest.raises(DataError, match=r"document of one with at least two tokens[\s\S]*`sources`"):
         made(short, checkpoint, tmp_path / "short")
+
+
+@pytest.mark.slow
+def test_two_processes_read_what_one_reads(world: tuple[Artifact, Artifact], tmp_path: Path) -> None:
+    """Each rank reads half of the documents; rank 1 returns nothing; a method without a model is rank 0's alone."""
+    shards, checkpoint = world
+    config = {"method": "perplexity", "inputs": {"shards": "corpus", "checkpoint": "reference"}, "seed": 1, "bootstrap": 100,
+              "perplexity": {"documents": 41, "tokens_per_document": 24, "batch_tokens": 200}}  # fmt: skip
+    configs = {"perplexity": config, "uniform": {"method": "uniform", "inputs": {"shards": "corpus"}, "seed": 1}}
+    arguments = {"configs": configs, "inputs": {"shards": str(shards.path), "checkpoint": str(checkpoint.path)}}
+    ranks = launch(Path(__file__).parent / "mixture_worker.py", 2, tmp_path / "ranks", arguments, timeout=120)
+    assert ranks[1] == {"perplexity": None, "uniform": None}
+    found = load_mixture(open_artifact(ranks[0]["perplexity"]))
+    alone = made(shards, checkpoint, tmp_path / "alone", documents=41)
+    assert found.weights == pytest.approx(alone.weights, rel=1e-5)
+    assert found.perplexity is not None
+    assert alone.perplexity is not None
+    assert found.perplexity.loss == pytest.approx(alone.perplexity.loss, rel=1e-6)
