@@ -55,7 +55,7 @@ class Direction(Frozen):
         default=None, description="engine finite_differences: estimated relative error from curvature, on the checked rows"
     )
     agreement: float | None = Field(
-        default=None, description="engine ghost: relative difference (L2) of finite differences from it, on the checked rows"
+        default=None, description="engine ghost: relative difference (L2) of finite differences (extrapolated from two steps) from it, on the checked rows"
     )
     energy: dict[str, float] = Field(description="share of <G, P G> by parameter group")
     score_shares: dict[str, float] | None = Field(

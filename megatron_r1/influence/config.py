@@ -156,8 +156,8 @@ class InfluenceConfig(StageConfig):
     fd_check_documents: int = Field(
         default=8,
         ge=0,
-        description="rows scored a second time as a check, recorded for every direction. With ghost by finite differences "
-        "(`agreement`), with finite_differences at twice the step (`truncation`, the error from curvature); 0 leaves the check out",
+        description="rows scored a second time as a check, recorded for every direction. With ghost by finite differences, "
+        "extrapolated from two steps (`agreement`), with finite_differences at twice the step (`truncation`, the error from curvature); 0 leaves the check out",
     )
     share_documents: int = Field(
         default=24,
@@ -223,7 +223,7 @@ class InfluenceConfig(StageConfig):
         """Forwards per token that the second scoring takes."""
         if self.engine == "finite_differences":
             return 4 * capabilities * self.probe_folds
-        return self.scoring_forwards(capabilities) + 2 * capabilities
+        return self.scoring_forwards(capabilities) + 4 * capabilities
 
     @model_validator(mode="after")
     def _engine(self) -> InfluenceConfig:

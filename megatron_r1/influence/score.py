@@ -225,12 +225,12 @@ def _directions(
     if check and engine is not None and not differences:
         exact = row_scores([line.whole for line in lines], job.check_rows(), advance, "checked row {}".format)
         for capability, line, scores in zip(notes, lines, exact.T):
-            off = engine.scores(line.whole, check, advance=advance) - scores
+            off = engine.extrapolated(line.whole, check, advance) - scores
             notes[capability]["agreement"] = agreement = float(np.linalg.norm(off) / max(np.linalg.norm(scores), np.finfo(float).tiny))
             if agreement > ERROR_WARNING:
                 log.warning(
-                    "influence %s at step %d: finite differences are %.1f %% away from the scores. The likely cause is curvature "
-                    "along the step of the differences (try a lower fd_epsilon); if it stays, do not trust the scores",
+                    "influence %s at step %d: finite differences are %.1f %% away from the scores. Where the loss bends sharply along the "
+                    "direction they can not follow: try a lower fd_epsilon. If the difference stays, do not trust the scores",
                     capability,
                     step,
                     100 * agreement,

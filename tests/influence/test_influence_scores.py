@@ -191,6 +191,8 @@ def test_truncation_estimate_is_the_error(model: R1Model, exact: R1Model) -> Non
     expected = exact_scores(exact, rows, direction)
     error = np.linalg.norm(engine.scores(direction, packed) - expected) / np.linalg.norm(expected)
     assert engine.truncation(direction, packed) == pytest.approx(error, rel=0.3)
+    extrapolated = engine.extrapolated(direction, packed)
+    assert np.linalg.norm(extrapolated - expected) / np.linalg.norm(expected) < error / 5
 
 
 def test_folds_add_up_to_the_whole(model: R1Model) -> None:

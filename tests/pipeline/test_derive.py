@@ -173,7 +173,7 @@ def test_influence_cost(plans: dict[str, StepPlan]) -> None:
     plan = plans["influence"]
     gradients = 3 * 2 * 10  # 2 capabilities of 10 windows, forward and backward
     scoring = (2 + 2) * (2 * 20)  # forward, half a backward and a product per capability over 20 documents of 2 sources
-    check = ((2 + 2) + 2 * 2) * 5  # and finite differences
+    check = ((2 + 2) + 4 * 2) * 5  # and finite differences with two steps
     shares = (2 + 4 * 2) * 24  # along each kind of parameter alone
     receipt = 3 * (3 * 4 + 2 * 10) + 2 * 10
     assert plan.flops == 2 * (gradients + scoring + check + shares + receipt) * nano_forward(32)
@@ -188,7 +188,7 @@ def test_influence_cost_with_folds_on_a_part_of_the_documents(tmp_path: Path, en
     plan = next(plan for plan in derive(recipe) if plan.step == "influence")
     gradients = 3 * 2 * 10
     # 5 documents of each source along 4 folds, 15 along the whole probe; then the rows that are scored twice
-    scoring, check = (2 + 8) * 2 * 5 + (2 + 2) * 2 * 15, ((2 + 2) + 2 * 2) * 5
+    scoring, check = (2 + 8) * 2 * 5 + (2 + 2) * 2 * 15, ((2 + 2) + 4 * 2) * 5
     shares = (2 + 4 * 2) * 24
     if engine == "finite_differences":
         scoring, check = 2 * 2 * (4 * 2 * 5 + 2 * 15), 4 * (2 * 4) * 5
