@@ -181,7 +181,7 @@ class Mixture(Frozen):
     missing: list[str] = Field(default=[], description="sources the recipe names which the shards do not hold")
     change: float | None = Field(default=None, description="total variation distance to the previous mixture, 0..1")
     influence_sha256: str | None = Field(default=None, description="fingerprint of the influence artifact used")
-    origin: str | None = Field(default=None, description="where explicit or published weights come from")
+    origin: str | None = Field(default=None, description="where weights that do not follow influence come from, in words")
     table: str | None = Field(default=None, description="name of the published table")
     tau: float | None = Field(default=None, description="strength of the pull towards natural shares (method kl)")
     effective_sources: float | None = Field(default=None, description="exponential of the entropy of the weights")

@@ -175,7 +175,8 @@ def summary(run: Run) -> str:
             f"Gradient influence measured what their documents do for {_list(first.capabilities)}"
             + (", and the scores became the training mixture." if any(m.follows_influence for m in run.mixtures) else ".")
         )
-    student = [t for t in run.trained if not any(o.teacher == t.step for o in run.trained)]
+    helpers = {name for t in run.trained for name in (t.teacher, t.reference)}
+    student = [t for t in run.trained if t.step not in helpers and t.objective != "group_dro" and not in_family(run, t)]
     if student:
         last = student[-1]
         lineage = _lineage(run, last.step)

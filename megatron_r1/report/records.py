@@ -187,6 +187,11 @@ class MixtureView:
         return self.method == "uniform" and self.kept is None
 
     @property
+    def own_intervals(self) -> bool:
+        """True for shares whose intervals have nothing to do with an influence table given beside them."""
+        return self.regression is not None or self.perplexity is not None
+
+    @property
     def follows_influence(self) -> bool:
         """True for weights that were made from influence scores."""
         return self.method in ("influence", "kl")

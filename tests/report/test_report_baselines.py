@@ -133,6 +133,7 @@ def test_page_and_tables(good: FixtureRun) -> None:
     for words in ("Leave-one-out: what a source is really worth", "All mixtures at equal tokens", "left_out-* (9)", "without-* (9)", "influence1 (adam)"):
         assert words in page, words
     assert "Training loss of left_out-champ" not in page
+    assert "2 training steps (pretrain1, compared-" in page
     assert "Training loss of compared-doremi" in page
     rows = list(csv.DictReader(io.StringIO(report.file("tables/leave_one_out.csv").read_text())))
     assert len(rows) == len(SOURCES) * (len(CAPABILITIES) + 1)
