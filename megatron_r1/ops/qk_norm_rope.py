@@ -121,7 +121,9 @@ class _Analytic:
         x = x if gain is None else x.mul_(gain)
         cls._turn_(x, *cls._at(cos, sin, positions, qkv, plan), plan.interleaved)
         x = x.to(qkv.dtype)
-        return x[..., : heads - keys, :].flatten(2, 3).contiguous(), x[..., heads - keys :, :].flatten(2, 3).contiguous()
+        # Copied, then flattened: where flattening makes the copy, torch 2.11 loses the queries' gradient of a compiled graph.
+        q, k = (part.clone(memory_format=torch.contiguous_format).flatten(2, 3) for part in (x[..., : heads - keys, :], x[..., heads - keys :, :]))
+        return q, k
 
     @classmethod
     def backward(
