@@ -104,9 +104,15 @@ def table(rows: list[dict]) -> str:
         if not mine:
             parts.append(f"**{title}: not run.** No machine with one was at hand; no figure is claimed, and the kernels stay off until the self-check passes.\n")
             continue
-        seen = sorted({(r["machine"], r["threads"], r["date"], r["versions"].get("torch", "?"), r["copy_gb_s"]) for r in mine})
-        for machine, threads, day, torch_version, copy in seen:
-            parts.append(f"**{title}**: {machine}, {threads} thread(s), torch {torch_version}, {day}; copy {copy} GB/s.\n")
+        seen: dict[tuple, set[str]] = {}
+        for r in mine:
+            run = r["machine"], r["threads"], r["date"], r["versions"].get("torch", "?")
+            seen.setdefault(run, set()).add(str(r["copy_gb_s"]))
+        for (machine, threads, day, torch_version), copies in sorted(seen.items()):
+            measured = " and ".join(sorted(copies, key=float))
+            parts.append(f"**{title}**: {machine}, {threads} thread(s), torch {torch_version}, {day}; copy {measured} GB/s.\n")
+        order = list(dict.fromkeys(row["op"].split()[0] for row in mine))
+        mine.sort(key=lambda row: order.index(row["op"].split()[0]))
         parts.append("| op | shape | type | ours, ms | over the floor | others, times ours | error against fp64 | goal |\n|---|---|---|---|---|---|---|---|")
         for row in mine:
             others = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["times_ours"].items())
