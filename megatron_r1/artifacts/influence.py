@@ -121,6 +121,10 @@ class InfluenceRecord(Frozen):
 
     capabilities: list[str] = Field(min_length=1, description="capabilities, in column order")
     checkpoints: list[ScoredCheckpoint] = Field(min_length=1, description="checkpoints, ascending")
+    checkpoint_choice: Literal["evenly", "probe_loss"] = Field(default="evenly", description="how the checkpoints were chosen")
+    candidate_losses: dict[str, float] = Field(
+        default={}, description="step -> probe loss (mean over capabilities) of every checkpoint that could have been chosen; empty for evenly"
+    )
     preconditioner: Literal["none", "adam", "datainf", "ekfac"] = Field(description="P in <g, P G>")
     eps: float | None = Field(description="epsilon in P; null but for adam")
     curvature: Curvature | None = Field(default=None, description="of datainf and ekfac; null for the others")

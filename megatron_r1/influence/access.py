@@ -20,13 +20,19 @@ from megatron_r1.parallel.context import ParallelContext, initialize
 
 
 @dataclass(frozen=True)
-class LoadedCheckpoint:
-    """A checkpoint ready to be scored at."""
+class Weights:
+    """A checkpoint's weights, in this process and the others of its copy."""
 
     chunks: list[nn.Module]
     losses: TokenLosses
     parameters: dict[str, Tensor]
     space: Space
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint(Weights):
+    """A checkpoint ready to be scored at."""
+
     preconditioner: Preconditioner  # P of the score, for those that are not estimated from documents
     trainer: Preconditioner  # P of the trainer's own step
     eps: float | None
@@ -37,25 +43,31 @@ def context(layout: LayoutConfig, seed: int) -> ParallelContext:
     return initialize(layout, seed)
 
 
+def weights(point: CheckpointInfo, ctx: ParallelContext, config: InfluenceConfig) -> Weights:
+    """Load weights alone. Raises CheckpointError when they are not there."""
+    chunks = load_model(point, ctx, precision=config.precision)
+    space = space_of(chunks, ctx)
+
+    def whole(batch: Batch) -> Tensor:
+        return token_losses(chunks, batch)
+
+    return Weights(chunks, space.losses if isinstance(space, Sharded) else whole, parameters_of(chunks), space)
+
+
 def load(checkpoints: CheckpointSet, point: CheckpointInfo, ctx: ParallelContext, config: InfluenceConfig) -> LoadedCheckpoint:
     """Load weights, and the optimizer's second moment when P or the receipt needs it.
 
     Raises CheckpointError when it is not there.
     """
-    chunks = load_model(point, ctx, precision=config.precision)
-    parameters, space = parameters_of(chunks), space_of(chunks, ctx)
-
-    def whole(batch: Batch) -> Tensor:
-        return token_losses(chunks, batch)
-
-    losses = space.losses if isinstance(space, Sharded) else whole
+    found = weights(point, ctx, config)
+    own = (found.chunks, found.losses, found.parameters, found.space)
     if config.preconditioner != "adam" and not (config.validity.batches and config.receipt_optimizer == "trainer"):
-        return LoadedCheckpoint(chunks, losses, parameters, space, Identity(), Identity(), None)
-    moment, step = load_second_moment(point.path, chunks, ctx)
-    beta2, own = float(checkpoints.optimizer["beta2"]), float(checkpoints.optimizer["eps"])
-    adam = Adam(moment, step, beta2, own)
+        return LoadedCheckpoint(*own, Identity(), Identity(), None)
+    moment, step = load_second_moment(point.path, found.chunks, ctx)
+    beta2, eps = float(checkpoints.optimizer["beta2"]), float(checkpoints.optimizer["eps"])
+    adam = Adam(moment, step, beta2, eps)
     trainer = adam if config.receipt_optimizer == "trainer" else Identity()
     if config.preconditioner != "adam":
-        return LoadedCheckpoint(chunks, losses, parameters, space, Identity(), trainer, None)
-    chosen = adam if config.eps is None or config.eps == own else Adam(moment, step, beta2, config.eps)
-    return LoadedCheckpoint(chunks, losses, parameters, space, chosen, trainer, own if config.eps is None else config.eps)
+        return LoadedCheckpoint(*own, Identity(), trainer, None)
+    chosen = adam if config.eps is None or config.eps == eps else Adam(moment, step, beta2, config.eps)
+    return LoadedCheckpoint(*own, chosen, trainer, eps if config.eps is None else config.eps)

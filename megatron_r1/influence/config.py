@@ -109,8 +109,13 @@ class InfluenceConfig(StageConfig):
     checkpoints: int = Field(
         default=2,
         ge=1,
-        description="how many of the run's checkpoints to score at, evenly spaced and ending at the last; weight "
+        description="how many of the run's checkpoints to score at; by default evenly spaced and ending at the last; weight "
         "alpha proportional to the step (Eq. 5)",
+    )
+    checkpoint_choice: Literal["evenly", "probe_loss"] = Field(
+        default="evenly",
+        description="which checkpoints: evenly spaced, or those with the lowest probe loss (mean over the scored capabilities), after "
+        "AutoMixer's task-selected checkpoints (arXiv 2506.21910); for a choice of its own a capability needs an influence step of its own",
     )
     preconditioner: Literal["none", "adam", "datainf", "ekfac"] = Field(
         default="adam",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,7 @@ class Job:
     store: ScoreStore
     seed: int
     reference: Reference | None = None  # what the curvature is estimated from
+    candidates: Mapping[int, float] = field(default_factory=dict)  # step -> probe loss the points were chosen by
 
     @property
     def tokens(self) -> int:

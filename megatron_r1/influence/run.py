@@ -22,6 +22,7 @@ from megatron_r1.artifacts.probe import ProbeSet, load_probe
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.influence import access
 from megatron_r1.influence.aggregate import JOINT, advice, summarise
+from megatron_r1.influence.choice import with_lowest_probe_loss
 from megatron_r1.influence.config import InfluenceConfig
 from megatron_r1.influence.job import Job, fold_weights, prepare, require_matching, scores_at
 from megatron_r1.influence.score import score
@@ -51,6 +52,8 @@ def run(config: InfluenceConfig, inputs: Mapping[str, Any], work: Workspace) -> 
     require_matching(inputs, shards, probe, checkpoints)
     job = prepare(config, shards, probe, checkpoints, ScoreStore(work.tmp / "partitions"))
     ctx = access.context(config.layout, job.seed)
+    if config.checkpoint_choice == "probe_loss":
+        job = with_lowest_probe_loss(job, checkpoints, ctx)
     validity = score(job, checkpoints, ctx)
     if not ctx.is_main:
         return None
@@ -116,6 +119,8 @@ def finish(job: Job, probe: ProbeSet, work: Workspace, validity: dict[str, Any] 
         checkpoints=[
             ScoredCheckpoint(step=p.step, tokens=p.tokens, alpha=alpha) for p, alpha in zip(job.points, alphas(steps))
         ],
+        checkpoint_choice=config.checkpoint_choice,
+        candidate_losses={str(step): loss for step, loss in sorted(job.candidates.items())},
         tokens_per_document=config.tokens_per_document,
         folds=config.probe_folds,
         fold_documents=config.fold_documents,

@@ -305,6 +305,8 @@ def _influence(recipe: Recipe, step: str) -> dict[str, Any]:
     stored = documents * config.checkpoints * capabilities * (1 + folds) * FLOAT64
     if config.score_unit == "document":
         notes = ["FLOPs: whole documents are scored; counted here as one window each, so more in proportion to their length"]
+    if config.checkpoint_choice != "evenly":
+        notes.append("FLOPs: without the probe losses of all checkpoints, by which some are chosen")
     return {
         "parameters": model.parameters(), "non_embedding_parameters": model.non_embedding_parameters(), "tokens": documents * length,
         "flops": forwards * model.flops_per_token(length, training=False), "sizes": {"scores": stored}, "notes": tuple(notes),

@@ -24,6 +24,7 @@ from megatron_r1.influence.config import InfluenceConfig
 from megatron_r1.influence.run import run
 from megatron_r1.influence.select import alphas, choose, evenly
 from megatron_r1.utils.errors import ArtifactError, ConfigError, DataError
+from megatron_r1.utils.io import atomic_write_json
 
 World = dict[str, Artifact]
 
@@ -362,6 +363,21 @@ def test_one_capability_alone_scores_as_among_others(world: World, tmp_path: Pat
         assert np.allclose(alone.scores(source).raw[:, 0], both.scores(source).raw[:, 1], rtol=1e-4, atol=1e-9)
     with pytest.raises(ConfigError, match=r"\(left, right\)[\s\S]*found: up"):
         score(influence_config(**few, capabilities=["left", "up"]), world, tmp_path / "no")
+
+
+def test_checkpoints_can_be_chosen_by_probe_loss(world: World, tmp_path: Path) -> None:
+    """The losses they are chosen by are those of the directions; a relaunch takes the stored ones."""
+    few = {"documents": 2, "checkpoints": 1, "sources": ["left", "shuffled"], "validity": {"batches": 0}, "share_documents": 0}
+    chosen = influence_config(**few, checkpoint_choice="probe_loss")
+    record = InfluenceTable.open(score(chosen, world, tmp_path / "a")).record
+    assert set(record.candidate_losses) == {"160", "240"}
+    best = min(record.candidate_losses, key=lambda step: record.candidate_losses[step])
+    assert [str(point.step) for point in record.checkpoints] == [best]
+    assert np.mean([d.probe_loss for d in record.directions.values()]) == pytest.approx(record.candidate_losses[best], rel=1e-5)
+    work = open_workspace(tmp_path / "b", "influence", "influence", chosen, world)
+    atomic_write_json(work.tmp / "partitions" / "checkpoint_losses.json", {"160": 1.0, "240": 2.0})
+    stored = InfluenceTable.open(score(chosen, world, tmp_path / "b")).record
+    assert [(point.step, point.alpha) for point in stored.checkpoints] == [(160, 1.0)]
 
 
 @pytest.mark.parametrize("preconditioner", ["datainf", "ekfac"])
