@@ -61,6 +61,15 @@ class _Micro:
         return self.rows + torch.segment_reduce(self.tokens, "sum", lengths=self.lengths, axis=0, initial=0.0)
 
 
+@dataclass(frozen=True)
+class _Lines:
+    """The directions' parts for one parameter, [k, ...], and the k columns of the scores they belong to: a direction that is zero
+    there costs nothing."""
+
+    parts: Tensor
+    columns: list[int]
+
+
 class Ghost:
     """Scores packed rows along directions. The weights are left alone; any float type of theirs will do (bf16 rounds as training in
     bf16 does)."""
@@ -70,7 +79,7 @@ class Ghost:
         self.chunks, self.ctx = list(chunks), ctx
         self._listener = Listener(chunks, ctx, self._hear)
         self.parameters = parameters_of(chunks)
-        self._lines: dict[str, Tensor] = {}
+        self._lines: dict[str, _Lines] = {}
 
     def pack(self, rows: Sequence[Row], batch_tokens: int) -> list[PackedBatch]:
         """Rows packed as this layout needs them: cut sequences in equal pieces, a pipeline's batches of one length."""
@@ -149,13 +158,15 @@ class Ghost:
         rows = CrossEntropyRows(micro.tensors["labels"].flatten(), chunk.vocabulary)
         hidden = chunk.to_head(states).flatten(0, 1)
         return chunk.with_head_weight(
-            lambda weight: _ScoredLoss.apply(hidden, weight, rows, self._lines[name], micro, self.ctx.tensor_rank == 0)
+            lambda weight: _ScoredLoss.apply(hidden, weight, rows, self._lines[name].parts, micro, self.ctx.tensor_rank == 0)
         )
 
     def _hear(self, use: Use) -> None:
-        lines, micro = self._lines[use.tap.name], use.ticket
+        lines, columns, micro = self._lines[use.tap.name].parts, self._lines[use.tap.name].columns, use.ticket
+        if not columns:
+            return
         if use.tap.kind == "linear":
-            micro.rows += grad_dot(use.inputs, use.gradient, lines, micro.cu_seqlens)
+            micro.rows[:, columns] += grad_dot(use.inputs, use.gradient, lines, micro.cu_seqlens)
             return
         if use.tap.kind == "norm":
             x = use.inputs.to(torch.promote_types(use.inputs.dtype, torch.float32))
@@ -163,7 +174,7 @@ class Ghost:
             heard = ((x * use.gradient) @ lines.to(x.dtype).t()).mul_(scale.unsqueeze(-1))
         else:
             heard = self._embedding(use, lines)
-        micro.tokens[use.first : use.first + len(heard)] += heard
+        micro.tokens[use.first : use.first + len(heard), columns] += heard
 
     def _embedding(self, use: Use, lines: Tensor) -> Tensor:
         """[T, K]. Tokens of other processes' pieces of the vocabulary are theirs to count."""
@@ -174,8 +185,8 @@ class Ghost:
         found = torch.stack([torch.linalg.vecdot(use.gradient.to(wide), line[index].to(wide)) for line in lines], dim=-1)
         return found if piece.whole else found * here.unsqueeze(-1)
 
-    def _stack(self, directions: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """[K, ...] for every parameter, in the parameter's type."""
+    def _stack(self, directions: Sequence[Mapping[str, Tensor]]) -> dict[str, _Lines]:
+        """For every parameter, in its type."""
         absent = [name for name in self.parameters if any(name not in direction for direction in directions)]
         if absent or not directions:
             raise CheckpointError(
@@ -183,9 +194,16 @@ class Ghost:
                 found=f"none for {len(absent)}, such as {absent[0]}" if absent else "no direction",
                 fix="score along gradients of this very model",
             )
-        parts = {name: [direction[name].to(parameter) for direction in directions] for name, parameter in self.parameters.items()}
-        # A single one is not copied.
-        return {name: torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0) for name, each in parts.items()}
+        # The head's scores are summed over pieces of the vocabulary, so that all processes must have the same columns there.
+        whole = {tap.name for tap in self._listener.taps if tap.kind == "head"}
+        found = {}
+        for name, parameter in self.parameters.items():
+            columns = [k for k, direction in enumerate(directions) if name in whole or bool(direction[name].any())]
+            parts = [directions[k][name].to(parameter) for k in columns]
+            # A single one is not copied.
+            stacked = torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0) if parts else parameter.new_empty(0)
+            found[name] = _Lines(stacked, columns)
+        return found
 
 
 class _ScoredLoss(torch.autograd.Function):

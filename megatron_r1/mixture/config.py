@@ -324,6 +324,11 @@ class MixtureConfig(StageConfig):
         return self
 
     @property
+    def needs_model(self) -> bool:
+        """Whether the step runs a model, so that all processes of a job take part."""
+        return self.method == "perplexity"
+
+    @property
     def stated(self) -> dict[str, float] | None:
         """Relative shares that the settings state: the weights given, or those of the published table."""
         if self.table is not None:

@@ -46,10 +46,10 @@ log = get_logger(__name__)
 def run(config: MixtureConfig, inputs: Mapping[str, Any], work: Workspace) -> Artifact | None:
     """Compute the weights and write `mixture.json`, and `kept/<source>.npy` where documents are filtered.
 
-    Under torchrun every rank calls it, because method perplexity reads documents with all of them; those that are not rank 0
-    return None. Raises ConfigError when floors or caps cannot be met, DataError when nothing is left to gain.
+    Under torchrun every rank may call it: method perplexity reads documents with all of them, for the others rank 0 works alone.
+    Those that are not rank 0 return None. Raises ConfigError when floors or caps cannot be met, DataError when nothing is left to gain.
     """
-    if not is_main_rank() and config.method != "perplexity":
+    if not is_main_rank() and not config.needs_model:
         return None
     shards = ShardSet.open(inputs["shards"])
     tokens, missing = mixed_sources(config, {name: shards.split(name, "train").n_tokens for name in shards.sources})

@@ -95,7 +95,7 @@ def _run_step(
         return Done(step, artifact, True)
     if not may_run:
         open_artifact(path, stage.kind, verify)  # raises: the input of --only is not complete
-    if not is_main_rank() and not stage.distributed:
+    if not is_main_rank() and not stage.entered_by_all(config):
         return Done(step, _wait_for(path, stage.kind), False)
     log.info("%s %s: %s", label, step, stage.describe(config))
     began = time.monotonic()

@@ -20,6 +20,11 @@ class Stage:
     distributed: bool = False
     """Whether every rank takes part; otherwise rank 0 works and the others wait for the artifact."""
 
+    def entered_by_all(self, config: StageConfig) -> bool:
+        """Whether every rank takes part in this very step: some settings of a distributed stage run no model
+        (`needs_model`), and then a rank that comes late must not open a workspace that rank 0 has already sealed."""
+        return self.distributed and getattr(config, "needs_model", True)
+
     @property
     def config(self) -> type[StageConfig]:
         """Its settings; imports no torch."""

@@ -41,6 +41,9 @@ class FakeStage:
     def describe(self, config: StageConfig) -> str:
         return self.name
 
+    def entered_by_all(self, config: StageConfig) -> bool:
+        return self.distributed
+
 
 @pytest.fixture
 def fake_stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeStage]:

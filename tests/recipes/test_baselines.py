@@ -52,3 +52,10 @@ def test_proxies_are_enough_and_draw_different_mixtures(recipe: Recipe) -> None:
 def test_the_report_shows_every_step(recipe: Recipe) -> None:
     assert set(recipe.parents("report")) == set(recipe.steps) - {"report"}
     assert len(together(derive(recipe), recipe.families)) < len(recipe.steps) / 2
+
+
+def test_only_the_mixture_that_reads_with_a_model_is_entered_by_all_ranks(recipe: Recipe) -> None:
+    mixtures = [step for step in recipe.steps if recipe.stage(step).name == "mixture"]
+    assert [step for step in mixtures if recipe.stage(step).entered_by_all(recipe.steps[step])] == ["mix_perplexity"]
+    assert recipe.stage("dro").entered_by_all(recipe.steps["dro"])
+    assert not recipe.stage("corpus").entered_by_all(recipe.steps["corpus"])
