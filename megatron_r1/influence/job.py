@@ -97,13 +97,16 @@ class Job:
         rows, some = self.rows(partition), self.by_fold(partition)
         return [row for row in rows if row.unit < some], [row for row in rows if row.unit >= some]
 
-    def load(self, step: int, partition: Partition) -> np.ndarray | None:
-        """The scores of a finished partition, float64 [n, columns] (NaN: not scored by fold), or None."""
-        return self.store.load(step, partition.source, partition.number, (len(partition), self.columns))
+    def finished(self, step: int) -> dict[Partition, np.ndarray]:
+        """The scores of every finished partition, float64 [n, columns] (NaN: not scored by fold)."""
+        stored = self.store.finished(step)
+        found = {partition: stored.get((partition.source, partition.number)) for partition in self.partitions()}
+        # One of another shape was never written by this release.
+        return {p: scores for p, scores in found.items() if scores is not None and scores.shape == (len(p), self.columns)}
 
-    def save(self, step: int, partition: Partition, scores: np.ndarray) -> None:
-        """Keep the scores of a partition, float64 [n, columns]."""
-        self.store.save(step, partition.source, partition.number, scores)
+    def save(self, step: int, partition: Partition, scores: np.ndarray, copy: int = 0) -> None:
+        """Keep the scores of a partition, float64 [n, columns], as the model copy number `copy`."""
+        self.store.append(step, copy, partition.source, partition.number, scores)
 
     def directions_file(self, step: int) -> Path:
         """Where the directions of a checkpoint are noted."""
@@ -195,13 +198,13 @@ def scores_at(job: Job, step: int) -> dict[str, np.ndarray]:
     The first is along the whole probe, the others along its folds (NaN where a document was not scored by fold).
     """
     found: dict[str, list[np.ndarray]] = {source: [] for source in job.chosen}
+    finished = job.finished(step)
     for partition in job.partitions():
-        scores = job.load(step, partition)
-        if scores is None:
+        if partition not in finished:
             raise ArtifactError(
                 expected=f"{partition} of step {step}, finished", found="none", fix="run the same command again"
             )
-        found[partition.source].append(scores)
+        found[partition.source].append(finished[partition])
     return {
         source: np.concatenate(all_parts).reshape(-1, len(job.probe), 1 + job.folds)
         for source, all_parts in found.items()

@@ -25,7 +25,7 @@ from megatron_r1.influence.space import Space
 from megatron_r1.influence.validity import cost, receipt
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.utils import io
-from megatron_r1.utils.logging import get_logger, progress
+from megatron_r1.utils.logging import duration, get_logger, human, progress
 
 ERROR_WARNING = 0.02
 log = get_logger(__name__)
@@ -39,7 +39,8 @@ def score(job: Job, checkpoints: CheckpointSet, ctx: ParallelContext) -> dict[st
     mine = job.partitions()[ctx.data_rank :: ctx.data_size]
     per_point = direction_tokens(job) + sum(scoring_tokens(job, partition) for partition in mine)
     receipt_tokens = cost(job.config.validity, job.chosen, job.probe, job.seed, job.tokens) if ctx.is_main else 0
-    with progress("influence", len(job.points) * per_point + receipt_tokens) as bar:
+    _say_plan(job, per_point, ctx)
+    with progress("influence", len(job.points) * per_point + receipt_tokens, "token-forwards") as bar:
         for point in job.points:
             # Rank 0 looks and tells: the others may already be writing what a later look would find.
             todo, directions, receipts = ctx.broadcast_object(_missing(job, point))
@@ -51,6 +52,8 @@ def score(job: Job, checkpoints: CheckpointSet, ctx: ParallelContext) -> dict[st
             engine = FiniteDifference(loaded.losses, loaded.parameters, job.config.fd_epsilon, loaded.space) if job.config.moves_weights else None
             if todo or directions:
                 _score_checkpoint(job, point.step, engine, loaded, mine, set(todo), ctx, bar.advance)
+                if point is job.points[0] and len(todo) == len(job.partitions()):
+                    _say_hours(job, bar.rate(), ctx)
             ctx.barrier()
             if receipts and engine is not None and ctx.data_rank == 0:
                 _take_receipt(job, point.step, engine, loaded, ctx, bar.advance)
@@ -61,9 +64,33 @@ def score(job: Job, checkpoints: CheckpointSet, ctx: ParallelContext) -> dict[st
     return _read_receipt(job) if ctx.is_main else None
 
 
+def _say_plan(job: Job, per_point: int, ctx: ParallelContext) -> None:
+    documents = sum(len(chosen.index) for chosen in job.chosen.values())
+    tokens = sum(int(chosen.n_tokens.sum()) for chosen in job.chosen.values())
+    log.info(
+        "influence: %s documents of %d sources (%s tokens) at %d checkpoint%s along %d directions, %s of scores; %s token-forwards (a backward counts as "
+        "two) for each of %d model cop%s",
+        f"{documents:,}", len(job.chosen), human(tokens), len(job.points), "s" * (len(job.points) > 1), job.columns, human(8 * documents * job.columns * len(job.points)) + "B",
+        human(len(job.points) * per_point), ctx.data_size, "y" if ctx.data_size == 1 else "ies",
+    )  # fmt: skip
+
+
+def _say_hours(job: Job, rate: float, ctx: ParallelContext) -> None:
+    """What all checkpoints take, by the rate just measured: directions are every copy's own work, documents are shared."""
+    if len(job.points) < 2:
+        return
+    own, shared = direction_tokens(job), sum(scoring_tokens(job, partition) for partition in job.partitions())
+    found = [(copies, len(job.points) * (own + shared / copies) / rate) for copies in sorted({ctx.data_size, 8, 64})]
+    log.info(
+        "influence: at the %s token-forwards/s measured all %d checkpoints take %s", human(rate), len(job.points),
+        ", ".join(f"{duration(seconds)} on {copies} model cop{'y' if copies == 1 else 'ies'}" for copies, seconds in found),
+    )  # fmt: skip
+
+
 def _missing(job: Job, point: CheckpointInfo) -> tuple[list[Partition], bool, bool]:
     """Partitions, directions and receipt of a checkpoint that are still to be made."""
-    todo = [partition for partition in job.partitions() if job.load(point.step, partition) is None]
+    finished = job.finished(point.step)
+    todo = [partition for partition in job.partitions() if partition not in finished]
     receipts = point is job.points[-1] and job.config.validity.batches > 0 and not job.receipt_file.exists()
     return todo, not job.directions_file(point.step).exists(), receipts
 
@@ -97,7 +124,7 @@ def _score_checkpoint(
             continue
         scores = _score_partition(job, partition, lines, row_scores, advance)
         if ctx.leads_copy:
-            job.save(step, partition, scores)
+            job.save(step, partition, scores, ctx.data_rank)
 
 
 def _row_scores(job: Job, engine: FiniteDifference | None, loaded: access.LoadedCheckpoint, ctx: ParallelContext) -> RowScores:

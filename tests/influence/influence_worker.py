@@ -26,9 +26,9 @@ def main(folder: Path) -> None:
     saved: list[list[object]] = []
     save = jobs.Job.save
 
-    def noting(self: jobs.Job, step: int, partition: jobs.Partition, scores: object) -> None:
+    def noting(self: jobs.Job, step: int, partition: jobs.Partition, scores: object, copy: int = 0) -> None:
         saved.append([step, partition.source, partition.number])
-        save(self, step, partition, scores)
+        save(self, step, partition, scores, copy)
 
     jobs.Job.save = noting
     results = []

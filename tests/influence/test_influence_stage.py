@@ -141,11 +141,11 @@ def test_killed_and_run_again_gives_the_same_bytes(
     saved = []
     save = jobs.Job.save
 
-    def dying(self: jobs.Job, step: int, partition: jobs.Partition, scores: np.ndarray) -> None:
+    def dying(self: jobs.Job, step: int, partition: jobs.Partition, scores: np.ndarray, copy: int = 0) -> None:
         if len(saved) == stop_after:
             raise Killed
         saved.append((step, partition))
-        save(self, step, partition, scores)
+        save(self, step, partition, scores, copy)
 
     config = influence_config()
     monkeypatch.setattr(jobs.Job, "save", dying)
@@ -154,9 +154,9 @@ def test_killed_and_run_again_gives_the_same_bytes(
     assert not list(tmp_path.glob("influence-????????"))
     again: list[tuple[int, jobs.Partition]] = []
 
-    def counting(self: jobs.Job, step: int, partition: jobs.Partition, scores: np.ndarray) -> None:
+    def counting(self: jobs.Job, step: int, partition: jobs.Partition, scores: np.ndarray, copy: int = 0) -> None:
         again.append((step, partition))
-        save(self, step, partition, scores)
+        save(self, step, partition, scores, copy)
 
     monkeypatch.setattr(jobs.Job, "save", counting)
     resumed = score(config, world, tmp_path)
@@ -165,12 +165,12 @@ def test_killed_and_run_again_gives_the_same_bytes(
     assert digests(resumed.path) == digests(scored.path)
 
 
-def test_a_torn_partition_is_computed_again(scored: Artifact, world: World, tmp_path: Path) -> None:
+def test_a_torn_shard_is_computed_again(scored: Artifact, world: World, tmp_path: Path) -> None:
     config = influence_config()
     work = open_workspace(tmp_path, "influence", "influence", config, world)
-    torn = work.tmp / "partitions" / "160" / "left.00000.npy"
+    torn = work.tmp / "partitions" / "160" / "copy-00000.scores"
     torn.parent.mkdir(parents=True)
-    torn.write_bytes(b"\x93NUMPY torn")
+    torn.write_bytes(b"R1SC torn")
     assert digests(score(config, world, tmp_path).path) == digests(scored.path)
 
 
