@@ -13,7 +13,7 @@ from megatron_r1.artifacts.base import Artifact, Parent
 from megatron_r1.artifacts.checkpoint import CheckpointSet
 from megatron_r1.artifacts.influence import Cell as StoredCell
 from megatron_r1.artifacts.influence import InfluenceRecord, InfluenceTable, column
-from megatron_r1.artifacts.mixture import load_mixture
+from megatron_r1.artifacts.mixture import load_kept, load_mixture
 from megatron_r1.artifacts.probe import load_probe
 from megatron_r1.data.shards import SOURCES_FILE, SourceRecord
 from megatron_r1.data.tokenizer import INFO_FILE
@@ -22,6 +22,7 @@ from megatron_r1.report.records import (
     Cell,
     Change,
     Corpus,
+    Documents,
     Evaluated,
     Exported,
     Influence,
@@ -169,6 +170,8 @@ def _mixture(artifact: Artifact, step: Step) -> MixtureView:
         regression=mixture.regression,
         perplexity=mixture.perplexity,
         notes=tuple(mixture.notes),
+        influences=tuple(name for role, name, _ in step.parents if role == "influence"),
+        numbers=load_kept(artifact, mixture),
     )
 
 
@@ -199,7 +202,8 @@ def _sources_in_words(step: Step) -> str:
 
 
 def _influence(artifact: Artifact, step: Step) -> Influence:
-    record = InfluenceTable.open(artifact).record
+    table = InfluenceTable.open(artifact)
+    record, last = table.record, table.record.checkpoints[-1].step
     return Influence(
         step=step.name,
         model=step.parent("checkpoint"),
@@ -216,7 +220,14 @@ def _influence(artifact: Artifact, step: Step) -> Influence:
         reliabilities=_reliabilities(record),
         validity=record.validity,
         notes=tuple(record.notes),
+        probe_loss={name: record.directions[column(name, last)].probe_loss for name in record.capabilities},
+        documents={source: _documents(table, source) for source in table.sources},
     )
+
+
+def _documents(table: InfluenceTable, source: str) -> Documents:
+    tokens = table.scores(source).n_tokens[:, None]
+    return Documents(table.scores(source).index, table.benefits(source, table.record.normalise) / tokens, table.benefits(source, "none") / tokens)
 
 
 def _score_shares(record: InfluenceRecord) -> dict[str, dict[str, float]]:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from megatron_r1.report.records import Cell, Evaluated, Influence, MixtureView, Result, Trained
+from megatron_r1.report.rounds import JOINT, Chain, histogram
 from megatron_r1.report.text import power_of_ten, signed
 from megatron_r1.report.verdicts import Pair, is_control
 
@@ -52,9 +54,14 @@ class Figure:
 
 def draw(name: str, alt: str, inches: tuple[float, float], paint: Callable[[Axes], None]) -> Figure:
     """Run `paint` on one pair of axes and save it twice."""
+    return draw_grid(name, alt, inches, (1, 1), lambda grid: paint(grid[0][0]))
+
+
+def draw_grid(name: str, alt: str, inches: tuple[float, float], shape: tuple[int, int], paint: Callable[[Sequence[Sequence[Axes]]], None]) -> Figure:
+    """Run `paint` on rows x columns of axes, those of a row sharing both scales, and save the figure twice."""
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=inches, layout="constrained")
-        paint(canvas.add_subplot())
+        paint(canvas.subplots(*shape, squeeze=False, sharex="row", sharey="row"))
         vector, raster = io.StringIO(), io.BytesIO()
         canvas.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
         canvas.savefig(raster, format="png", dpi=160, facecolor="white", metadata={"Software": None})
@@ -241,6 +248,45 @@ def validity_scatter(influence: Influence) -> Figure | None:
 
     said = ", ".join(f"{name} {value}" for name, value in correlation.items())
     return draw(f"validity_{influence.step}", f"Measured against foretold drop of the probe loss; rank correlation {said}.", (5.6, 3.9), paint)
+
+
+def round_histograms(chain: Chain) -> Figure:
+    """Rows: capabilities and joint; columns: rounds. Documents by benefit per token; what a mixture leaves out is marked."""
+    found = histogram(chain)
+    names, rounds = list(found.edges), chain.rounds
+    some_dropped = any(r.filtered for r in rounds)
+
+    def paint(grid: Sequence[Sequence[Axes]]) -> None:
+        for row, name in enumerate(names):
+            edges, width = found.edges[name], float(found.edges[name][1] - found.edges[name][0])
+            for column, r in enumerate(rounds):
+                axes, total = grid[row][column], found.counts[name][column]
+                if np.isnan(total).any():
+                    axes.set_axis_off()
+                    continue
+                share = 100 / total.sum()
+                left_out = found.dropped[name][column]
+                axes.bar(edges[:-1], share * (total - left_out), width, align="edge", color=SERIES[0], label="trained on")
+                if some_dropped:
+                    axes.bar(edges[:-1], share * left_out, width, align="edge", bottom=share * (total - left_out), color=SERIES[1], label="left out")
+                axes.axvline(0, color=INK, linewidth=0.8)
+                axes.text(0.98, 0.96, f"{100 * r.positive()[name]:.0f} % above 0", transform=axes.transAxes, ha="right", va="top", color=INK, fontsize=8.5)
+                axes.set_xlim(edges[0], edges[-1])
+                axes.xaxis.set_major_locator(MaxNLocator(5))
+                axes.yaxis.set_major_locator(MaxNLocator(4))
+                if row == 0:
+                    axes.set_title(f"round {column + 1}: {r.name}" if len(r.name) <= 18 else f"round {column + 1}")
+                if column == 0:
+                    axes.set_ylabel(f"{name}\ndocuments (%)")
+                if row == len(names) - 1:
+                    axes.set_xlabel("benefit per token")
+        if some_dropped:
+            grid[0][0].legend(loc="upper left", fontsize=8, borderaxespad=0.1, handlelength=1.0)
+
+    said = "; ".join(f"{r.name}: {100 * r.positive()[JOINT]:.0f} % of documents above 0, size {chain.shrinking(r)[JOINT]:.2f} of the first round's" for r in rounds)
+    slug = rounds[-1].influences[0].step
+    inches = (max(3.6, 0.5 + 2.75 * len(rounds)), 0.5 + 1.5 * len(names))
+    return draw_grid(f"rounds_{slug}", f"Histograms of benefit per token, round by round. {said}.", inches, (len(names), len(rounds)), paint)
 
 
 def largest(influence: Influence) -> float:

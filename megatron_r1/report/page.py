@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from megatron_r1.report.records import (
     Trained,
     origin_parts,
 )
+from megatron_r1.report.rounds import JOINT as ALL
+from megatron_r1.report.rounds import Chain, Round, chains
 from megatron_r1.report.settings import comparable
 from megatron_r1.report.text import count, duration, percent, plural, signed, significant, size
 from megatron_r1.report.verdicts import Pair, Verdict, equal_budget_pairs, is_control
@@ -46,6 +48,7 @@ class Drawn:
     influence: Mapping[str, Figure]
     validity: Mapping[str, Figure]
     mixture: Mapping[str, Figure]
+    rounds: Sequence[tuple[Chain, Figure]]
     probe_loss: Sequence[tuple[Pair, list[Figure]]]
     loss: Sequence[Figure]
     rankme: Figure | None
@@ -55,6 +58,8 @@ class Drawn:
         yield from self.influence.values()
         yield from self.validity.values()
         yield from self.mixture.values()
+        for _, figure in self.rounds:
+            yield figure
         for _, panels in self.probe_loss:
             yield from panels
         yield from self.loss
@@ -71,6 +76,7 @@ def draw_all(run: Run, points: int) -> Drawn:
         influence={i.step: figures.influence_map(i, source_order(run, i.cells), noise) for i in run.influences},
         validity={i.step: f for i in run.influences if (f := figures.validity_scatter(i)) is not None},
         mixture={m.step: figures.mixture_bars(m, noise) for m in run.mixtures if drawn_alone(m)},
+        rounds=[(chain, figures.round_histograms(chain)) for chain in chains(run)],
         probe_loss=[(pair, figures.probe_curves(pair, points)) for pair in equal_budget_pairs(run) if pair.capabilities],
         loss=[f for t in run.trained if not in_family(run, t) and (f := figures.loss_curve(t, points)) is not None],
         rankme=figures.rankme_curves(run.trained, points),
@@ -132,6 +138,7 @@ def render(run: Run, verdicts: Sequence[Verdict], drawn: Drawn, title: str, own:
         "corpora": [corpus_rows(run, c.sources) for c in run.corpora],
         "dropped": [dropped_counts(c.sources) for c in run.corpora],
         "heat": [heat_map(run, i) for i in run.influences],
+        "rounds": [round_table(run, chain) for chain, _ in drawn.rounds],
         "compared": [compared_table(group) for group in comparable(run)],
         "left_out": [left_out_table(run, analysis) for analysis in analyses(run)],
         "evaluation": evaluation_table(run.evaluated),
@@ -260,6 +267,60 @@ def heat_map(run: Run, influence: Influence) -> dict[str, Any]:
         "rows": rows,
         "reliability": reliability_rows(influence.reliabilities),
     }
+
+
+def round_table(run: Run, chain: Chain) -> dict[str, Any]:
+    """What is known of each round, one line a fact and one column a round; and by source what helps and what was left out."""
+    rounds = chain.rounds
+    lines = [
+        ("measured with the model of", [_list(list(dict.fromkeys(i.model or "an absent step" for i in r.influences))) for r in rounds]),
+        ("mean probe loss of that model (nats per token)", [f"{_mean_loss(r):.3f}" for r in rounds]),
+        ("documents scored", [count(sum(len(r.benefit(s)) for s in r.sources)) for r in rounds]),
+    ]
+    for name in (ALL, *chain.capabilities):
+        lines.append((f"with benefit above 0, {name}", [percent(r.positive()[name]) if name in r.positive() else "" for r in rounds]))
+    for name in (ALL, *chain.capabilities):
+        sizes = [chain.shrinking(r) for r in rounds]
+        lines.append((f"size of benefits (first round = 1), {name}", [significant(s[name]) if name in s else "" for s in sizes]))
+    lines += [
+        ("mixture made of it", [", ".join(m.step for m in r.mixtures) or "none" for r in rounds]),
+        ("documents left out", ["; ".join(_left_out(m) for m in r.mixtures if m.kept) or "none" for r in rounds]),
+        ("another round? the paper's rule", [_by_mixture(r, lambda m: "stop" if m.decision.paper.stop else "go on") for r in rounds]),
+        ("another round? the statistical rule", [_by_mixture(r, lambda m: STATISTICAL[m.decision.statistical.stop]) for r in rounds]),
+    ]
+    sources = source_order(run, dict.fromkeys(s for r in rounds for s in r.sources))
+    rows = [{"source": s, "distractor": s in run.distractors, "cells": [_source_in_round(r, s) for r in rounds]} for s in sources]
+    return {"chain": chain, "lines": lines, "sources": rows, "filtered": any(r.filtered for r in rounds)}
+
+
+STATISTICAL = {True: "stop", False: "go on", None: "not known"}
+
+
+def _mean_loss(r: Round) -> float:
+    losses = [loss for i in r.influences for loss in i.probe_loss.values()]
+    return sum(losses) / len(losses)
+
+
+def _left_out(mixture: MixtureView) -> str:
+    """How many scored documents the rule drops, and what became of the rest."""
+    kept = mixture.kept
+    assert kept is not None
+    scored, passed = sum(kept.scored.values()), sum(kept.passed.values())
+    how = f"as many tokens at random as the rule “{kept.rule}” drops" if kept.control else f"by the rule “{kept.rule}”"
+    others = "" if kept.unscored == "keep" else ", and all that were not scored"
+    return f"{count(scored - passed)} of {count(scored)} {how}{others}; {count(sum(kept.tokens.values()))} tokens are left"
+
+
+def _by_mixture(r: Round, say: Callable[[Any], str]) -> str:
+    found = [(m.step, say(m)) for m in r.mixtures if m.decision is not None]
+    answers = {answer for _, answer in found}
+    return ", ".join(answers) if len(answers) < 2 else "; ".join(f"{answer} ({step})" for step, answer in found)
+
+
+def _source_in_round(r: Round, source: str) -> dict[str, str] | None:
+    if source not in r.sources:
+        return None
+    return {"positive": percent(r.positive(source)[ALL], 0), "dropped": percent(float(r.dropped(source).mean()), 0) if r.filtered else ""}
 
 
 UNITS = {"documents": "scored documents per source", "probe": "probe windows per capability"}

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from megatron_r1.artifacts.mixture import Decision, KeptDocuments, PerplexityRecord, Redundancy, Regression
 
 
@@ -121,12 +123,22 @@ class Reliable:
     needed: int | None
 
 
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The scored documents of one source. Legend: n documents, C capabilities of the table."""
+
+    index: np.ndarray  # int64 [n], number in the training split
+    benefit: np.ndarray  # float64 [n, C], per token and in the table's scale: the mean over C is the joint benefit (Eq. 5)
+    nats: np.ndarray  # float64 [n, C], per token, of probe loss and unit of learning rate: not rescaled
+
+
 @dataclass(frozen=True)
 class Influence:
     """One influence table: `cells[source][capability]` and, over all capabilities, `joint[source]`.
 
     `checkpoints`: (optimizer step, weight). `reliabilities`: rankings of sources and of documents by disjoint halves of
-    the documents and of the probe, with what a reliability of 0.9 would need.
+    the documents and of the probe, with what a reliability of 0.9 would need. `probe_loss`: of each capability at the last
+    checkpoint, nats per token. `documents`: by source.
     """
 
     step: str
@@ -144,11 +156,14 @@ class Influence:
     reliabilities: tuple[Reliable, ...]
     validity: Mapping[str, Any] | None
     notes: tuple[str, ...]
+    probe_loss: Mapping[str, float]
+    documents: Mapping[str, Documents] = field(compare=False)
 
 
 @dataclass(frozen=True)
 class MixtureView:
-    """One mixture with what it is compared to."""
+    """One mixture with what it is compared to. `influences`: the tables it was given. `numbers`: source -> documents trained on,
+    where documents are left out."""
 
     step: str
     method: str
@@ -180,6 +195,8 @@ class MixtureView:
     regression: Regression | None = None
     perplexity: PerplexityRecord | None = None
     notes: tuple[str, ...] = ()
+    influences: tuple[str, ...] = ()
+    numbers: Mapping[str, np.ndarray] | None = field(default=None, compare=False)
 
     @property
     def is_uniform(self) -> bool:
@@ -349,6 +366,10 @@ class Run:
     def mixture(self, name: str | None) -> MixtureView | None:
         """The mixture of that name."""
         return next((m for m in self.mixtures if m.step == name), None)
+
+    def influence(self, name: str) -> Influence | None:
+        """The influence table of that name."""
+        return next((i for i in self.influences if i.step == name), None)
 
     def evaluation_of(self, model: str | None) -> Evaluated | None:
         """The evaluation of the model trained in that step."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_r1.report.leave_one_out import analyses
 from megatron_r1.report.records import Run, origin_parts
+from megatron_r1.report.rounds import JOINT, chains, histogram
 from megatron_r1.report.settings import comparable
 from megatron_r1.report.verdicts import Verdict, equal_budget_pairs, last_losses
 
@@ -34,7 +35,7 @@ class Table:
 def tables(run: Run, verdicts: Sequence[Verdict]) -> list[Table]:
     """Every table that has at least one row."""
     found = [
-        _verdicts(verdicts), _corpora(run), _probes(run), _influence(run), _reliability(run), _validity(run), _mixtures(run), _decisions(run), _kept(run), _compared(run), _leave_one_out(run), _agreement(run), _probe_loss(run), _metrics(run),
+        _verdicts(verdicts), _corpora(run), _probes(run), _influence(run), _reliability(run), _validity(run), _mixtures(run), _decisions(run), _kept(run), _rounds(run), _round_sources(run), _histograms(run), _compared(run), _leave_one_out(run), _agreement(run), _probe_loss(run), _metrics(run),
         _evaluation(run), _artifacts(run),
     ]  # fmt: skip
     return [table for table in found if table.rows]
@@ -122,6 +123,41 @@ def _kept(run: Run) -> Table:
         for source, count in m.kept.documents.items()
     )
     return _table("kept_documents", "step rule control unscored source scored passed documents tokens", rows)
+
+
+def _rounds(run: Run) -> Table:
+    """A chain is named after its last round. size: root mean square of the benefit per token in nats (joint: none)."""
+    rows = (
+        (chain.name, number, r.name, name, sum(len(r.benefit(s)) for s in r.sources), share, r.sizes().get(name), chain.shrinking(r)[name])
+        for chain in chains(run)
+        for number, r in enumerate(chain.rounds, 1)
+        for name, share in r.positive().items()
+    )
+    return _table("rounds", "chain round influence capability documents share_positive size_nats size_over_first", rows)
+
+
+def _round_sources(run: Run) -> Table:
+    rows = (
+        (chain.name, number, r.name, r.filtered.step if r.filtered else None, source, len(r.benefit(source)), r.positive(source)[JOINT], int(r.dropped(source).sum()))
+        for chain in chains(run)
+        for number, r in enumerate(chain.rounds, 1)
+        for source in r.sources
+    )
+    return _table("round_sources", "chain round influence filtered_by source scored share_positive left_out", rows)
+
+
+def _histograms(run: Run) -> Table:
+    """The outermost bins hold what lies beyond them too."""
+    rows = (
+        (chain.name, number, r.name, name, edges[k], edges[k + 1], int(found.counts[name][number - 1][k]), int(found.dropped[name][number - 1][k]))
+        for chain in chains(run)
+        for found in [histogram(chain)]
+        for number, r in enumerate(chain.rounds, 1)
+        for name, edges in found.edges.items()
+        if name in (*r.capabilities, JOINT)
+        for k in range(len(edges) - 1)
+    )
+    return _table("round_histograms", "chain round influence capability low high documents left_out", rows)
 
 
 def _compared(run: Run) -> Table:

@@ -15,7 +15,7 @@ import pyarrow.parquet as parquet
 from megatron_r1.artifacts.base import Artifact, Workspace, open_workspace
 from megatron_r1.artifacts.checkpoint import CheckpointRecord, TrainManifest
 from megatron_r1.artifacts.influence import Cell, Direction, InfluenceRecord, Reliability, ScoredCheckpoint, column
-from megatron_r1.artifacts.mixture import Decision, KeptDocuments, Mixture, PaperStop, StatisticalStop
+from megatron_r1.artifacts.mixture import Decision, KeptDocuments, Mixture, PaperStop, StatisticalStop, write_kept
 from megatron_r1.artifacts.probe import CapabilityProbe, ProbeDocument, ProbeSet, SieveRecord
 from megatron_r1.model.config import ModelConfig
 from megatron_r1.report.config import ReportConfig, ReportInputs
@@ -35,6 +35,7 @@ SOURCES: dict[str, tuple[str, bool]] = {
 }
 PROBED = {"code": ("stdlib", "codeio"), "knowledge": ("factbook", "wikipedia"), "math": ("sympy_docs", "champ")}
 CAPABILITIES = tuple(PROBED)
+DOCUMENTS = 8
 TASKS = ("chain_sum", "gcd", "spell_backward")
 
 
@@ -95,13 +96,18 @@ class FixtureRun:
         ProbeSet(capabilities=capabilities, shards="f" * 64, tokenizer="ab" * 32, tokens_per_document=256).save(work.path / "probe.json")
         return self.seal(work)
 
-    def influence(self, name: str, checkpoint: str, shuffled: float = -0.9, strength: float = 1.0) -> Artifact:
-        work = self.open(name, "influence", {"stage": "influence"}, {"shards": "corpus", "probe": "probe", "checkpoint": checkpoint})
+    def influence(
+        self, name: str, checkpoint: str, shuffled: float = -0.9, strength: float = 1.0, capabilities: tuple[str, ...] = CAPABILITIES, preconditioner: str = "adam"
+    ) -> Artifact:  # fmt: skip
+        """`strength` scales the benefits, those of the cells and those of DOCUMENTS documents a source."""
+        settings = {"stage": "influence", "capabilities": list(capabilities), "preconditioner": preconditioner}
+        work = self.open(name, "influence", settings, {"shards": "corpus", "probe": "probe", "checkpoint": checkpoint})
         rng = np.random.default_rng(len(name))
         rows: dict[str, dict[str, Cell]] = {}
         for source, (domain, _) in SOURCES.items():
             rows[source] = {}
-            for capability, probed in PROBED.items():
+            for capability in capabilities:
+                probed = PROBED[capability]
                 own = 1.4 if source in probed else 0.25 if domain not in ("noise", "chat") else 0.08
                 mean = (shuffled if source == "x_shuffled" else own * strength) + float(rng.normal(0, 0.02))
                 rows[source][capability] = Cell(mean=mean, interval=(mean - 0.2, mean + 0.23), documents=48, tokens=48 * 255, ess=21.7, positive=0.5 + 0.4 * math.tanh(mean))
@@ -109,20 +115,22 @@ class FixtureRun:
         steps = (60, 120)
         direction = Direction(probe_loss=5.0, gradient_norm=1.0, direction_norm=2.0, self_influence=0.1, step=1e-4, energy={"embedding": 1.0}, score_shares={"embedding": 1.07, "norm": -0.07}, rms=0.01)
         record = InfluenceRecord(
-            capabilities=list(CAPABILITIES), checkpoints=[ScoredCheckpoint(step=s, tokens=s * 8192, alpha=s / sum(steps)) for s in steps],
-            preconditioner="adam", eps=1e-8, fd_epsilon=3e-4, score_unit="window", tokens_per_document=256, folds=1, probe_sha256="cd" * 32, normalise="rms",
-            confidence=0.95, interval_covers=["scored documents"], directions={column(c, s): direction for c in CAPABILITIES for s in steps},
+            capabilities=list(capabilities), checkpoints=[ScoredCheckpoint(step=s, tokens=s * 8192, alpha=s / sum(steps)) for s in steps],
+            preconditioner=preconditioner, eps=1e-8, fd_epsilon=3e-4, score_unit="window", tokens_per_document=256, folds=1, probe_sha256="cd" * 32, normalise="rms",
+            confidence=0.95, interval_covers=["scored documents"], directions={column(c, s): direction for c in capabilities for s in steps},
             sources=rows, joint=joint, reliability={"code": 0.91, "math": 0.88, "knowledge": 0.93, "joint": 0.9}, reliabilities=reliable(),
             validity={"batches": 12, "capabilities": {c: receipt(i) for i, c in enumerate(CAPABILITIES)}},
         )  # fmt: skip
         io.atomic_write_json(work.path / "influence.json", record.plain())
         (work.path / "scores").mkdir(exist_ok=True)
         for source in SOURCES:
-            table = {"index": [0], "id": ["d0"], "start": [0], "n_tokens": [255]} | {column(c, s): [0.1] for c in CAPABILITIES for s in steps}
+            n = DOCUMENTS
+            table = {"index": list(range(0, 2 * n, 2)), "id": [f"d{i}" for i in range(n)], "start": [0] * n, "n_tokens": [255] * n}
+            table |= {column(c, s): (2.55 * strength * rng.normal(-0.5 if source == "x_shuffled" else 0.5, 1.0, n)).tolist() for c in capabilities for s in steps}
             parquet.write_table(pa.table(table), work.path / "scores" / f"{source}.parquet")
         return self.seal(work)
 
-    def mixture(self, name: str, method: str, influence: str | None = None, noise: float = 0.0, **more: Any) -> Artifact:
+    def mixture(self, name: str, method: str, influence: str | list[str] | None = None, noise: float = 0.0, **more: Any) -> Artifact:
         parents = {"shards": "corpus", **({"influence": influence} if influence else {})}
         work = self.open(name, "mixture", {"stage": "mixture", "method": method}, parents)
         uniform = {s: 1 / len(SOURCES) for s in SOURCES}
@@ -138,6 +146,9 @@ class FixtureRun:
             interval_covers=["scored documents", "probe folds"] if influence else [], **more,
         )  # fmt: skip
         io.atomic_write_json(work.path / "mixture.json", mixture.plain())
+        if mixture.kept is not None:
+            for source, many in mixture.kept.documents.items():  # every second document was scored: half of the scored ones are left out
+                write_kept(work.path, source, np.arange(many) if many <= DOCUMENTS else np.concatenate([np.arange(DOCUMENTS), np.arange(2 * DOCUMENTS, DOCUMENTS + many)]))
         return self.seal(work)
 
     def decision(self, stop: bool | None = False) -> Decision:
