@@ -272,6 +272,7 @@ def round_histograms(chain: Chain) -> Figure:
                 axes.axvline(0, color=INK, linewidth=0.8)
                 axes.text(0.98, 0.96, f"{100 * r.positive()[name]:.0f} % above 0", transform=axes.transAxes, ha="right", va="top", color=INK, fontsize=8.5)
                 axes.set_xlim(edges[0], edges[-1])
+                axes.margins(y=0.22)  # room for the words above
                 axes.xaxis.set_major_locator(MaxNLocator(5))
                 axes.yaxis.set_major_locator(MaxNLocator(4))
                 if row == 0:

@@ -306,9 +306,10 @@ def _left_out(mixture: MixtureView) -> str:
     kept = mixture.kept
     assert kept is not None
     scored, passed = sum(kept.scored.values()), sum(kept.passed.values())
-    how = f"as many tokens at random as the rule “{kept.rule}” drops" if kept.control else f"by the rule “{kept.rule}”"
+    how = f"{count(scored - passed)} of {count(scored)} by the rule “{kept.rule}”"
+    how = f"at random, as many tokens as would be {how}" if kept.control else how
     others = "" if kept.unscored == "keep" else ", and all that were not scored"
-    return f"{count(scored - passed)} of {count(scored)} {how}{others}; {count(sum(kept.tokens.values()))} tokens are left"
+    return f"{how}{others}; {count(sum(kept.tokens.values()))} tokens are left"
 
 
 def _by_mixture(r: Round, say: Callable[[Any], str]) -> str:
