@@ -13,6 +13,8 @@ out, Spearman of the real and the foretold effect of every source, averaged over
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import shlex
 import statistics
 import sys
@@ -144,13 +146,18 @@ def main() -> None:
     for name, each in agreement.items():
         said = ", ".join(f"{c} {v['value']} [{v['low']}, {v['high']}]" for c, v in each["spearman"].items())
         print(f"leave-one-out, Spearman of truth and prediction ({name}): {said}; truth between seeds {each['truth_between_seeds']}")
-    io.append_jsonl(
-        RESULTS,
-        {
-            "date": date.today().isoformat(), "command": "python " + shlex.join(sys.argv), "recipe": options.recipe, "overrides": options.overrides,
-            "machine": machine.describe(), "versions": machine.versions(), "seeds": rows, "compared": table, "leave_one_out": agreement,
-        },
-    )  # fmt: skip
+    row = {
+        "date": date.today().isoformat(), "command": "python " + shlex.join(sys.argv), "recipe": options.recipe, "overrides": options.overrides,
+        "machine": machine.describe(), "versions": machine.versions(), "against": options.against, "seeds": {str(seed): row for seed, row in rows.items()},
+        "compared": table, "leave_one_out": agreement,
+    }  # fmt: skip
+    io.append_jsonl(RESULTS, row)
+    # The page of the last seed's run, now with what all of them say.
+    text = json.dumps(row, indent=1)
+    file = options.runs_dir / f"over_seeds-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+    io.atomic_write_text(file, text)
+    recipe = load_recipe(options.recipe, [f"seed={options.seeds[-1]}", "steps.corpus.seed=1", *options.overrides, f"steps.report.seeds={file}"])
+    print(run_recipe(recipe, options.runs_dir, shlex.join(sys.argv), verify="sizes")[-1].artifact.file("report.html"))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from megatron_r1.ops.qk_norm_rope import qk_norm_rope
 from torch import Tensor
 
 from kernels.harness import Case, relative_error
+from megatron_r1.ops.qk_norm_rope import qk_norm_rope
 from megatron_r1.ops.rope import cos_sin
 
 HEADS, KV, DIM, THETA, EPS = 24, 6, 64, 5e5, 1e-5

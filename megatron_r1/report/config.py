@@ -29,6 +29,11 @@ class ReportConfig(StageConfig):
         description="Name of the source whose tokens were shuffled, the known-answer test of the influence scores. "
         "Empty: the distractor sources whose name contains 'shuffl'.",
     )
+    seeds: str | None = Field(
+        default=None,
+        description="JSON file of a comparison over several seeds to show in the page, as `benchmarks/evidence.py` writes it. "
+        "Only its name is part of the step's fingerprint: give another result another name.",
+    )
     curve_points: int = Field(
         default=400,
         ge=20,

@@ -31,6 +31,7 @@ from megatron_r1.report.records import (
 )
 from megatron_r1.report.rounds import JOINT as ALL
 from megatron_r1.report.rounds import Chain, Round, chains
+from megatron_r1.report.seeds import Seeds
 from megatron_r1.report.settings import comparable
 from megatron_r1.report.text import count, duration, percent, plural, signed, significant, size
 from megatron_r1.report.verdicts import Pair, Verdict, equal_budget_pairs, is_control
@@ -110,7 +111,7 @@ def source_order(run: Run, names: Mapping[str, Any]) -> list[str]:
     return sorted(names, key=key)
 
 
-def render(run: Run, verdicts: Sequence[Verdict], drawn: Drawn, title: str, own: Step) -> str:
+def render(run: Run, verdicts: Sequence[Verdict], drawn: Drawn, title: str, own: Step, over_seeds: Seeds | None = None) -> str:
     """The page. `own` is the report's box in the arc. Deterministic: same artifacts, same bytes (no clock, no host)."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -140,6 +141,7 @@ def render(run: Run, verdicts: Sequence[Verdict], drawn: Drawn, title: str, own:
         "heat": [heat_map(run, i) for i in run.influences],
         "rounds": [round_table(run, chain) for chain, _ in drawn.rounds],
         "compared": [compared_table(group) for group in comparable(run)],
+        "over_seeds": over_seeds,
         "left_out": [left_out_table(run, analysis) for analysis in analyses(run)],
         "evaluation": evaluation_table(run.evaluated),
         "speeds": speed_rows(run),

@@ -9,6 +9,7 @@ from megatron_r1.report.collect import collect
 from megatron_r1.report.config import ReportConfig
 from megatron_r1.report.leave_one_out import analyses, lines
 from megatron_r1.report.page import draw_all, own_step, render
+from megatron_r1.report.seeds import read_seeds
 from megatron_r1.report.tables import tables
 from megatron_r1.report.verdicts import Verdict, judge
 from megatron_r1.utils import io
@@ -22,6 +23,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Artifact | list[Artifact] | N
     """Write report.html, figures/*.png and tables/*.csv. Raises ArtifactError when an input is not in this release's format."""
     given = inputs.get("artifacts") or []
     artifacts = given if isinstance(given, list) else [given]
+    over_seeds = None if config.seeds is None else read_seeds(config.seeds)
     found = collect(artifacts)
     verdicts = judge(found, config.shuffled_source)
     drawn = draw_all(found, config.curve_points)
@@ -30,7 +32,7 @@ def run(config: ReportConfig, inputs: Mapping[str, Artifact | list[Artifact] | N
     for table in tables(found, verdicts):
         io.atomic_write_text(work.path / "tables" / f"{table.name}.csv", table.csv())
     own = own_step(work.name, work.fingerprint, found.steps)
-    io.atomic_write_text(work.path / "report.html", render(found, verdicts, drawn, config.title, own))
+    io.atomic_write_text(work.path / "report.html", render(found, verdicts, drawn, config.title, own, over_seeds))
     for analysis in analyses(found):
         for line in lines(analysis):
             log.info("%s", line)
