@@ -57,6 +57,10 @@ class Direction(Frozen):
     agreement: float | None = Field(
         default=None, description="engine ghost: relative difference (L2) of finite differences (extrapolated from two steps) from it, on the checked rows"
     )
+    gradient_sha256: str = Field(
+        default="", description="SHA-256 of the probe gradient's tensors (names, shapes, bytes) in the order of their names; of a cut model, of its processes'"
+    )
+    direction_sha256: str = Field(default="", description="the same of P G, along which documents were scored")
     energy: dict[str, float] = Field(description="share of <G, P G> by parameter group")
     score_shares: dict[str, float] | None = Field(
         default=None,

@@ -200,6 +200,11 @@ class InfluenceConfig(StageConfig):
         ge=1,
         description="documents per resumable partition: an interrupted run loses at most the partition in work",
     )
+    keep_gradients: bool = Field(
+        default=False,
+        description="keep every capability's probe gradient G at every checkpoint in the artifact (gradients/, safetensors, one file for each process "
+        "of a model copy): as large as the weights each. Their hashes are recorded in any case",
+    )
     validity: ValidityConfig = Field(default=ValidityConfig(), description="the receipt")
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import save
+from torch import Tensor
 
 from megatron_r1.artifacts.base import Artifact
 from megatron_r1.artifacts.checkpoint import CheckpointInfo, CheckpointSet
@@ -18,6 +20,7 @@ from megatron_r1.influence.reference import Reference, draw
 from megatron_r1.influence.rows import Row, padded_tokens
 from megatron_r1.influence.select import Chosen, choose, evenly
 from megatron_r1.influence.store import ScoreStore, parts
+from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.utils import io
 from megatron_r1.utils.errors import ArtifactError, ConfigError
 
@@ -46,6 +49,7 @@ class Job:
     store: ScoreStore
     seed: int
     reference: Reference | None = None  # what the curvature is estimated from
+    gradients: Path | None = None  # where probe gradients are kept
     candidates: Mapping[int, float] = field(default_factory=dict)  # step -> probe loss the points were chosen by
 
     @property
@@ -107,6 +111,15 @@ class Job:
     def save(self, step: int, partition: Partition, scores: np.ndarray, copy: int = 0) -> None:
         """Keep the scores of a partition, float64 [n, columns], as the model copy number `copy`."""
         self.store.append(step, copy, partition.source, partition.number, scores)
+
+    def keep_gradient(self, step: int, capability: str, gradient: Mapping[str, Tensor], ctx: ParallelContext) -> None:
+        """Put this process' part of a probe gradient into the artifact, if they are to be kept."""
+        if self.gradients is None or ctx.data_rank:
+            return
+        parts = {name: part.detach().cpu().contiguous() for name, part in gradient.items()}
+        piece = f".stage{ctx.pipeline_rank}.tensor{ctx.tensor_rank}" if ctx.layout.model_parallel() > 1 else ""
+        about = {"capability": capability, "step": str(step)}
+        io.atomic_write_bytes(self.gradients / f"{capability}@{step}{piece}.safetensors", save(parts, metadata=about))
 
     def directions_file(self, step: int) -> Path:
         """Where the directions of a checkpoint are noted."""

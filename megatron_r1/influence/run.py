@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ def run(config: InfluenceConfig, inputs: Mapping[str, Any], work: Workspace) -> 
     )
     require_matching(inputs, shards, probe, checkpoints)
     job = prepare(config, shards, probe, checkpoints, ScoreStore(work.tmp / "partitions"))
+    if config.keep_gradients:
+        job = replace(job, gradients=work.path / "gradients")
     ctx = access.context(config.layout, job.seed)
     if config.checkpoint_choice == "probe_loss":
         job = with_lowest_probe_loss(job, checkpoints, ctx)

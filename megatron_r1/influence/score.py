@@ -229,6 +229,7 @@ def _directions(
             folds.append({name: line.cpu() for name, line in along.items()})
         truncation = max(truncations) if truncations else None
         whole = precondition(total) if job.folds else along
+        job.keep_gradient(step, capability, total, ctx)
         lines.append(Lines({name: line.cpu() for name, line in whole.items()}, folds, np.array(weights)))
         notes[capability] = {
             "probe_loss": loss,
@@ -237,6 +238,8 @@ def _directions(
             "self_influence": space.inner(total, whole),
             "step": engine.step(whole) if engine is not None else None,
             "truncation": truncation,
+            "gradient_sha256": space.digest(total),
+            "direction_sha256": space.digest(whole),
             "energy": energy_shares(total, whole, space),
             "weights": weights,
             "eps": loaded.eps,

@@ -7,6 +7,7 @@ Legend: b rows, s tokens.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,15 @@ class Space:
         """What any process has, in order."""
         return sorted(set(values))
 
+    def digest(self, a: Mapping[str, Tensor]) -> str:
+        """SHA-256 of the parts: names, shapes and bytes, in the order of the names. Of a cut model: of its processes' in their order."""
+        found = hashlib.sha256()
+        for name in sorted(a):
+            part = a[name].detach().cpu().contiguous()
+            found.update(f"{name} {part.dtype} {list(part.shape)} ".encode())
+            found.update(part.view(torch.uint8).numpy().data if part.numel() else b"")
+        return found.hexdigest()
+
     def differentiate(
         self, losses: TokenLosses, parameters: Mapping[str, Tensor], batch: Batch, weights: Sequence[float]
     ) -> tuple[Iterable[Tensor], float]:
@@ -75,6 +85,10 @@ class Sharded(Space):
 
     def union(self, values: Iterable[str]) -> list[str]:
         return sorted(set().union(*self.ctx.gather_objects(sorted(set(values)))))
+
+    def digest(self, a: Mapping[str, Tensor]) -> str:
+        own = (self.ctx.pipeline_rank, self.ctx.tensor_rank, super().digest(a))
+        return hashlib.sha256(repr(sorted(set(self.ctx.gather_objects(own)))).encode()).hexdigest()
 
     def losses(self, batch: Batch) -> Tensor:
         """Token losses [b, s] without gradients."""

@@ -13,6 +13,7 @@ import pyarrow.parquet as parquet
 import pytest
 from launch import launch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from small_world import TOKENS, influence_config
 
 from megatron_r1.artifacts.base import Artifact, open_artifact, open_workspace
@@ -23,6 +24,7 @@ from megatron_r1.influence import job as jobs
 from megatron_r1.influence.config import InfluenceConfig
 from megatron_r1.influence.run import run
 from megatron_r1.influence.select import alphas, choose, evenly
+from megatron_r1.influence.space import Space
 from megatron_r1.utils.errors import ArtifactError, ConfigError, DataError
 from megatron_r1.utils.io import atomic_write_json
 
@@ -210,6 +212,29 @@ def test_a_model_cut_over_processes_fills_the_same_table(world: World, tmp_path:
         assert own is not None
         for capability, entry in own["capabilities"].items():
             assert validity["capabilities"][capability]["measured"] == pytest.approx(entry["measured"], rel=0.05, abs=2e-6)
+
+
+def test_probe_gradients_are_kept_with_their_hashes(world: World, tmp_path: Path) -> None:
+    """Whole and cut over two stages, whose parts are those of the whole."""
+    few = {"documents": 2, "checkpoints": 1, "sources": ["left"], "validity": {"batches": 0}, "share_documents": 0, "fd_check_documents": 0, "keep_gradients": True}
+    whole = score(influence_config(**few), world, tmp_path / "whole")
+    record = InfluenceTable.open(whole).record
+    gradients = {path.name: load_file(path) for path in sorted((whole.path / "gradients").iterdir())}
+    assert list(gradients) == ["left@240.safetensors", "right@240.safetensors"]
+    for name, direction in record.directions.items():
+        gradient = gradients[f"{name}.safetensors"]
+        assert Space().digest(gradient) == direction.gradient_sha256
+        assert Space().norm(gradient) == pytest.approx(direction.gradient_norm, rel=1e-6)
+    hashes = [h for direction in record.directions.values() for h in (direction.gradient_sha256, direction.direction_sha256)]
+    assert len(set(hashes)) == 4
+
+    arguments = {"inputs": {role: str(artifact.path) for role, artifact in world.items()}, "runs": [few | {"layout": {"pipeline": 2}}]}
+    cut = Path(launch(Path(__file__).parent / "influence_worker.py", 2, tmp_path / "cut", arguments)[0][0]["artifact"])
+    for name, gradient in gradients.items():
+        parts = [load_file(cut / "gradients" / name.replace(".", f".stage{stage}.tensor0.")) for stage in (0, 1)]
+        assert sum(len(part) for part in parts) == len(gradient) + 1  # a tied embedding has a copy at both ends
+        total = sum(float((part[tensor] ** 2).sum()) for part in parts for tensor in part) - float((parts[0]["embedding.word_embeddings.weight"] ** 2).sum())
+        assert total**0.5 == pytest.approx(Space().norm(gradient), rel=1e-5)
 
 
 def test_bf16_weights_are_scored_close_to_fp32(world: World, tmp_path: Path) -> None:
