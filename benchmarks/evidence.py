@@ -1,9 +1,9 @@
 """Mixtures compared over several seeds: who trains the better model at equal tokens, and does influence foretell what a source is worth?
 
-    python benchmarks/evidence.py --seeds 1 2 3 4 5
+    python benchmarks/evidence.py --seeds 1 2 3 4 5 --leave-one-out 3
     python benchmarks/evidence.py --recipe benchmarks/recipes/coevolution.yaml --against dropped --family trained --seeds 1 2 3 4 5
 
-For every seed the whole recipe runs (benchmarks/recipes/evidence.yaml); what is done is skipped, so more seeds can be added later. Compared
+The recipe (benchmarks/recipes/evidence.yaml) runs for every seed; what is done is skipped, so more seeds can be added later. Compared
 are the trainings of one family of the recipe, such as compared-influence, compared-uniform, ...: same start, same tokens, same order
 seeds within a seed, only the mixture differs. Appends one dated row to benchmarks/results/evidence.jsonl: for every training the last loss on the probe
 and on held-out text; their differences to `--against`, seed by seed, with a two-sided 95 % t-interval; and, where the recipe leaves sources
@@ -26,7 +26,7 @@ import numpy as np
 
 from megatron_r1.artifacts.base import Artifact
 from megatron_r1.pipeline.recipe import load_recipe
-from megatron_r1.pipeline.runner import run_recipe
+from megatron_r1.pipeline.runner import Done, run_recipe
 from megatron_r1.report.collect import collect
 from megatron_r1.report.leave_one_out import analyses, ranks
 from megatron_r1.utils import io, machine
@@ -74,7 +74,7 @@ def compared(seeds: Mapping[int, Mapping[str, Losses]], against: str) -> dict[st
 def left_out(runs: Sequence[Sequence[Artifact]]) -> dict[str, dict]:
     """influence step -> Spearman of truth and prediction over sources: both averaged over the seeds, and each seed by itself."""
     seeds = [analyses(collect(artifacts)) for artifacts in runs]
-    if not all(len(each) == 1 and each[0].predictions for each in seeds):
+    if not seeds or not all(len(each) == 1 and each[0].predictions for each in seeds):
         return {}
     found = {}
     for k, prediction in enumerate(seeds[0][0].predictions):
@@ -126,21 +126,23 @@ def main() -> None:
     parser.add_argument("--family", default="compared", help="the recipe's family of trainings to compare")
     parser.add_argument("--against", default="influence", help="the member of the family the others are compared with")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--leave-one-out", type=int, default=None, metavar="N", help="leave sources out for the first N seeds only (default: all)")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
 
-    rows: dict[int, dict[str, Losses]] = {}
-    runs = []
-    for seed in options.seeds:
+    def steps(seed: int, until: str | None = None, *more: str) -> list[Done]:
         # The corpus keeps its own seed (1), so that seeds differ in training and measuring, not in the split of the text.
-        recipe = load_recipe(options.recipe, [f"seed={seed}", "steps.corpus.seed=1", *options.overrides])
-        done = run_recipe(recipe, options.runs_dir, shlex.join(sys.argv), verify="sizes")
-        prefix = f"{options.family}-"
-        rows[seed] = {d.step.removeprefix(prefix): losses(d.artifact) for d in done if d.step.startswith(prefix)}
-        runs.append([d.artifact for d in done if d.artifact.kind != "report"])
-        print(f"seed {seed}: " + ", ".join(f"{arm} {row['probe'][MEAN]:.4f}" for arm, row in rows[seed].items()), flush=True)
+        recipe = load_recipe(options.recipe, [f"seed={seed}", "steps.corpus.seed=1", *options.overrides, *more])
+        return run_recipe(recipe, options.runs_dir, shlex.join(sys.argv), until=until, verify="sizes")
 
+    prefix = f"{options.family}-"
+    rows: dict[int, dict[str, Losses]] = {}
+    for seed in options.seeds:
+        rows[seed] = {d.step.removeprefix(prefix): losses(d.artifact) for d in steps(seed, options.family) if d.step.startswith(prefix)}
+        print(f"seed {seed}: " + ", ".join(f"{arm} {row['probe'][MEAN]:.4f}" for arm, row in rows[seed].items()), flush=True)
+    whole = options.seeds[: options.leave_one_out]
+    runs = [[d.artifact for d in steps(seed) if d.artifact.kind != "report"] for seed in whole]
     table, agreement = compared(rows, options.against), left_out(runs)
     print_table(table, options.against)
     for name, each in agreement.items():
@@ -152,12 +154,11 @@ def main() -> None:
         "compared": table, "leave_one_out": agreement,
     }  # fmt: skip
     io.append_jsonl(RESULTS, row)
-    # The page of the last seed's run, now with what all of them say.
+    # The page of one whole run, now with what all of them say.
     text = json.dumps(row, indent=1)
     file = options.runs_dir / f"over_seeds-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
     io.atomic_write_text(file, text)
-    recipe = load_recipe(options.recipe, [f"seed={options.seeds[-1]}", "steps.corpus.seed=1", *options.overrides, f"steps.report.seeds={file}"])
-    print(run_recipe(recipe, options.runs_dir, shlex.join(sys.argv), verify="sizes")[-1].artifact.file("report.html"))
+    print(steps((whole or options.seeds)[-1], None, f"steps.report.seeds={file}")[-1].artifact.file("report.html"))
 
 
 if __name__ == "__main__":
