@@ -348,7 +348,7 @@ def compared_table(group: Sequence[tuple[Trained, MixtureView]]) -> dict[str, An
     for trained, mixture in group:
         losses = [trained.probe_curve(c)[-1][1] for c in capabilities]
         rows.append({"trained": trained, "mixture": mixture, "losses": losses, "mean": sum(losses) / len(losses) if losses else float("nan")})
-    return {"capabilities": capabilities, "tokens": group[0][0].tokens, "start": group[0][0].start, "rows": sorted(rows, key=lambda row: row["mean"])}
+    return {"capabilities": capabilities, "tokens": group[0][0].tokens, "starts": list(dict.fromkeys(trained.start or "random weights" for trained, _ in group)), "rows": sorted(rows, key=lambda row: row["mean"])}
 
 
 def left_out_table(run: Run, analysis: LeaveOneOut) -> dict[str, Any]:

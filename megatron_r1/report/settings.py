@@ -10,6 +10,17 @@ def same_model(run: Run, tested: Trained, control: Trained) -> bool:
     return tested.start is not None or run.step(tested.step).config.get("model") == run.step(control.step).config.get("model")
 
 
+def same_start(run: Run, a: Trained, b: Trained) -> bool:
+    """Whether both go on from one model; or, as the arms of several rounds do, from models whose own trainings differ in their
+    mixtures only and have the same start in turn."""
+    if a.start == b.start:
+        return same_model(run, a, b)
+    before, other = run.training(a.start), run.training(b.start)
+    if before is None or other is None or before.tokens != other.tokens or before.teacher != other.teacher or before.reference != other.reference:
+        return False
+    return not differences(run, before, other) and same_start(run, before, other)
+
+
 def differences(run: Run, tested: Trained, control: Trained) -> tuple[str, ...]:
     """Settings of two trainings that differ, the mixture left out."""
     a, b = (dict(run.step(t.step).config) for t in (tested, control))
@@ -26,8 +37,8 @@ def comparable(run: Run) -> tuple[tuple[tuple[Trained, MixtureView], ...], ...]:
             continue
         for group in groups:
             first = group[0][0]
-            start = trained.start == first.start and trained.teacher == first.teacher and trained.reference == first.reference
-            if start and same_model(run, trained, first) and trained.tokens == first.tokens and not differences(run, trained, first):
+            start = same_start(run, trained, first) and trained.teacher == first.teacher and trained.reference == first.reference
+            if start and trained.tokens == first.tokens and not differences(run, trained, first):
                 group.append((trained, mixture))
                 break
         else:

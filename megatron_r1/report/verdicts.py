@@ -14,7 +14,7 @@ from typing import Literal
 
 from megatron_r1.report.leave_one_out import ALL, analyses
 from megatron_r1.report.records import Evaluated, Influence, MixtureView, Result, Run, Trained
-from megatron_r1.report.settings import comparable, differences, same_model
+from megatron_r1.report.settings import comparable, differences, same_model, same_start
 
 Status = Literal["ok", "partly", "not ok", "absent"]
 ZERO_WEIGHT = 1e-9
@@ -251,7 +251,7 @@ def _leave_one_out(run: Run) -> tuple[Verdict, ...]:
 
 
 def control_pairs(run: Run) -> tuple[Pair, ...]:
-    """Training steps on documents that a rule kept, each with one on as many at random, from the same start."""
+    """Training steps on documents that a rule kept, each with one on as many at random, from the same start (of all rounds)."""
     pairs = []
     for tested in run.trained:
         mixture = run.mixture(tested.mixture)
@@ -259,7 +259,7 @@ def control_pairs(run: Run) -> tuple[Pair, ...]:
             continue
         for control in run.trained:
             other = run.mixture(control.mixture)
-            alike = control.start == tested.start and control.teacher == tested.teacher and same_model(run, tested, control)
+            alike = same_start(run, tested, control) and control.teacher == tested.teacher
             if other is not None and other.kept is not None and other.kept.control and other.kept.rule == mixture.kept.rule and alike:
                 pairs.append(Pair(tested, control, mixture, differences(run, tested, control)))
     return tuple(pairs)
@@ -280,7 +280,7 @@ def _beats_control(run: Run) -> tuple[Verdict, ...]:
         for capability in pair.capabilities:
             a, b = pair.tested.probe_curve(capability)[-1][1], pair.control.probe_curve(capability)[-1][1]
             (good if a < b else bad).append(capability)
-            gaps.append(f"{capability} {a:.3f} against {b:.3f}")
+            gaps.append((f"{pair.tested.step}, " if len(pairs) > 1 else "") + f"{capability} {a:.3f} against {b:.3f}")
     seeds = "One seed, so small gaps may be chance."
     return (Verdict(key, claim, _status(good, bad), f"Final probe loss in nats per token: {_join(gaps)}. {seeds}"),)
 

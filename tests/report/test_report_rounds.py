@@ -15,9 +15,10 @@ from megatron_r1.report.collect import collect
 from megatron_r1.report.figures import round_histograms
 from megatron_r1.report.records import Run
 from megatron_r1.report.rounds import BINS, JOINT, chains, histogram
+from megatron_r1.report.verdicts import control_pairs
 
 
-def arms(folder: Path, preconditioner: str = "adam") -> FixtureRun:
+def arms(folder: Path, preconditioner: str = "adam", tokens: int = 983_040) -> FixtureRun:
     """One first round, then two arms: documents kept by the rule, and as many at random. The second has a third round, which is
     measured after another training on a mixture that has nothing to do with influence."""
     run = FixtureRun(folder)
@@ -29,7 +30,7 @@ def arms(folder: Path, preconditioner: str = "adam") -> FixtureRun:
     run.mixture("mix_kept", "influence", "influence1", kept=run.kept(False), decision=run.decision())
     run.mixture("mix_random", "influence", "influence1", kept=run.kept(True), decision=run.decision(None))
     run.train("on_kept", "mix_kept", "start")
-    run.train("on_random", "mix_random", "start")
+    run.train("on_random", "mix_random", "start", tokens=tokens)
     run.influence("influence2_kept", "on_kept", strength=0.25, preconditioner=preconditioner)
     run.influence("influence2_random", "on_random", strength=0.5)
     run.mixture("mix2_random", "influence", "influence2_random", decision=run.decision(True))
@@ -113,6 +114,19 @@ def test_half_of_the_scored_documents_were_left_out_of_the_first_mixture_only(ru
     found = histogram(chain)
     assert found.dropped[JOINT].sum(axis=1).tolist() == [len(SOURCES) * DOCUMENTS / 2, 0]
     assert chain.rounds[0].dropped("champ").tolist() == [False] * (DOCUMENTS // 2) + [True] * (DOCUMENTS // 2)
+
+
+def test_arms_of_several_rounds_are_compared_with_one_another(made: FixtureRun, tmp_path: Path) -> None:
+    """The last trainings start from different models, whose own trainings differ in the mixture only; unless a budget differs."""
+    found = {}
+    for tokens in (983_040, 491_520):
+        run = arms(tmp_path / str(tokens), tokens=tokens)
+        run.mixture("mix2_kept", "influence", "influence2_kept", kept=run.kept(False))
+        run.mixture("mix2_random_kept", "influence", "influence2_random", kept=run.kept(True))
+        run.train("last_kept", "mix2_kept", "on_kept", gain=0.1)
+        run.train("last_random", "mix2_random_kept", "on_random")
+        found[tokens] = [(p.tested.step, p.control.step) for p in control_pairs(collect(run.artifacts.values()))]
+    assert found == {983_040: [("on_kept", "on_random"), ("last_kept", "last_random")], 491_520: [("on_kept", "on_random")]}  # the report then says that tokens are unequal
 
 
 def test_specialised_models_together_are_one_round(tmp_path: Path) -> None:
