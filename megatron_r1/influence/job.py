@@ -23,6 +23,9 @@ from megatron_r1.influence.store import ScoreStore, parts
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.utils import io
 from megatron_r1.utils.errors import ArtifactError, ConfigError
+from megatron_r1.utils.logging import get_logger
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,9 +135,12 @@ class Job:
 
 
 def require_matching(
-    inputs: Mapping[str, Artifact], shards: ShardSet, probe: ProbeSet, checkpoints: CheckpointSet
+    config: InfluenceConfig, inputs: Mapping[str, Artifact], shards: ShardSet, probe: ProbeSet, checkpoints: CheckpointSet
 ) -> None:
-    """The probe's documents and the checkpoint's tokens must be those of the shards. Raises ArtifactError."""
+    """The probe's documents and the checkpoint's tokens must be those of the shards, and no window longer than the model's context.
+
+    Raises ArtifactError and ConfigError. Windows longer than the sequences the model was trained on are warned about.
+    """
     if probe.shards != inputs["shards"].fingerprint:
         raise ArtifactError(
             expected=f"a probe made from the shards {inputs['shards'].fingerprint[:8]}",
@@ -153,6 +159,21 @@ def require_matching(
             found="other content under the same references",
             fix="delete the probe artifact and make it again",
         )
+    windows = [document.n_tokens - 1 for name, found in probe.capabilities.items() if name in (config.capabilities or probe.capabilities) for document in found.documents]
+    for what, longest, setting in (("documents", config.tokens_per_document, "tokens_per_document"), ("the probe", max(windows, default=0), "the probe's tokens_per_document")):
+        _require_context(what, longest, setting, checkpoints)
+
+
+def _require_context(what: str, longest: int, setting: str, checkpoints: CheckpointSet) -> None:
+    context, trained = int(checkpoints.model["max_positions"]), checkpoints.manifest.seq_length
+    if longest > context:
+        raise ConfigError(
+            expected=f"windows of {what} of at most {context} tokens, the model's max_positions",
+            found=f"{longest}",
+            fix=f"lower {setting}: longer documents are cut into windows",
+        )
+    if longest > trained:
+        log.warning("influence: windows of %s have up to %d tokens, the model was trained on sequences of %d; later tokens are beyond what it has seen", what, longest, trained)
 
 
 def prepare(

@@ -50,7 +50,7 @@ def run(config: InfluenceConfig, inputs: Mapping[str, Any], work: Workspace) -> 
         load_probe(inputs["probe"]),
         CheckpointSet.open(inputs["checkpoint"]),
     )
-    require_matching(inputs, shards, probe, checkpoints)
+    require_matching(config, inputs, shards, probe, checkpoints)
     job = prepare(config, shards, probe, checkpoints, ScoreStore(work.tmp / "partitions"))
     if config.keep_gradients:
         job = replace(job, gradients=work.path / "gradients")

@@ -443,6 +443,31 @@ def test_a_probe_of_other_shards_is_refused(world: World, tmp_path: Path) -> Non
         score(influence_config(), {**world, "probe": Artifact(folder, world["probe"].manifest)}, tmp_path)
 
 
+def test_a_checkpoint_of_another_tokenizer_is_refused(world: World, tmp_path: Path) -> None:
+    changed = changed_checkpoint(world, tmp_path, "train.json", tokenizer="0" * 64)
+    with pytest.raises(ArtifactError, match=r"a checkpoint trained on the tokenizer[\s\S]*found: one trained on 00000000"):
+        score(influence_config(), changed, tmp_path)
+
+
+def test_windows_longer_than_the_context_are_refused(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    short = changed_checkpoint(world, tmp_path, "model.json", max_positions=TOKENS - 1)
+    with pytest.raises(ConfigError, match=rf"documents of at most {TOKENS - 1} tokens[\s\S]*lower tokens_per_document"):
+        score(influence_config(), short, tmp_path)
+    with pytest.raises(ConfigError, match=rf"the probe of at most {TOKENS - 1} tokens[\s\S]*the probe's tokens_per_document"):
+        score(influence_config(tokens_per_document=16), short, tmp_path)
+    few = {"documents": 2, "checkpoints": 1, "sources": ["left"], "validity": {"batches": 0}, "share_documents": 0, "fd_check_documents": 0}
+    score(influence_config(**few, tokens_per_document=TOKENS + 8), world, tmp_path)
+    assert f"have up to {TOKENS + 8} tokens, the model was trained on sequences of {TOKENS}" in caplog.text
+
+
+def changed_checkpoint(world: World, folder: Path, file: str, **changes: Any) -> World:
+    """The world with another fact in a file of its checkpoint."""
+    copied = folder / "checkpoint"
+    shutil.copytree(world["checkpoint"].path, copied)
+    (copied / file).write_text(json.dumps(json.loads((copied / file).read_text()) | changes))
+    return {**world, "checkpoint": Artifact(copied, world["checkpoint"].manifest)}
+
+
 def test_a_changed_probe_document_is_refused(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "probe"
     shutil.copytree(world["probe"].path, folder)
