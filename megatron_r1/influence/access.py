@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from megatron_r1.artifacts.checkpoint import CheckpointInfo, CheckpointSet
 from megatron_r1.influence.config import InfluenceConfig
-from megatron_r1.influence.precondition import Adam, Identity, Preconditioner
 from megatron_r1.influence.rows import Batch, TokenLosses
 from megatron_r1.influence.space import Sharded, Space, space_of
 from megatron_r1.model.forward import token_losses
 from megatron_r1.model.load import load_model
+from megatron_r1.model.precondition import Adam, Identity, Preconditioner
 from megatron_r1.model.taps import parameters_of
 from megatron_r1.parallel.checkpoint import load_second_moment
 from megatron_r1.parallel.config import LayoutConfig

@@ -11,8 +11,8 @@ from megatron_r1.influence.datainf import DataInf
 from megatron_r1.influence.ekfac import EKFAC
 from megatron_r1.influence.fisher import FisherDocuments
 from megatron_r1.influence.groups import Selected, select
-from megatron_r1.influence.precondition import Preconditioner
 from megatron_r1.influence.reference import DocumentGradients, Reference
+from megatron_r1.model.precondition import Preconditioner
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.utils.errors import ParallelError
 

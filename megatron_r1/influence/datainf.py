@@ -7,8 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_r1.influence.precondition import Preconditioner
-from megatron_r1.influence.probe_gradient import Direction
+from megatron_r1.model.precondition import Direction, Preconditioner
 from megatron_r1.utils.errors import ConfigError, DataError
 
 

@@ -24,7 +24,7 @@ Legend: T tokens and n rows of a batch, K directions, d hidden size, V/p rows of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_r1.influence.rows import Batch, PackedBatch, Row, packed
 from megatron_r1.model.build import R1Model
+from megatron_r1.model.tally import Tally, embedding_scores, norm_scores
 from megatron_r1.model.taps import Listener, Use, parameters_of
 from megatron_r1.ops.influence import grad_dot
 from megatron_r1.ops.linear_loss import linear_loss_scores
@@ -48,17 +49,7 @@ class _Micro:
     """A batch on its way, and what was heard of it."""
 
     tensors: Batch
-    cu_seqlens: Tensor
-    rows: Tensor  # fp64 [m, K]: what comes as a sum over a row's tokens
-    tokens: Tensor  # fp64 [T, K]: what comes token by token
-    lengths: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.lengths = self.cu_seqlens.diff().to(self.tokens.device)
-
-    def total(self) -> Tensor:
-        """fp64 [m, K]"""
-        return self.rows + torch.segment_reduce(self.tokens, "sum", lengths=self.lengths, axis=0, initial=0.0)
+    tally: Tally
 
 
 @dataclass(frozen=True)
@@ -112,20 +103,16 @@ class Ghost:
             self._lines = {}
         found = np.zeros((sum(len(batch.positions) for batch in batches), len(directions)))
         if micros:
-            sums = self.ctx.all_reduce_sum(torch.cat([micro.total() for micro in micros]), over="model").cpu().numpy()
-            ends = np.cumsum([len(micro.cu_seqlens) - 1 for micro in micros])
+            sums = self.ctx.all_reduce_sum(torch.cat([micro.tally.total() for micro in micros]), over="model").cpu().numpy()
+            ends = np.cumsum([len(micro.tally.cu_seqlens) - 1 for micro in micros])
             for batch, last, micro in zip(batches, ends, micros):
-                first = last - len(micro.cu_seqlens) + 1
+                first = last - len(micro.tally.cu_seqlens) + 1
                 found[batch.positions] = sums[first : first + len(batch.positions)]
         _require_numbers(found, name)
         return found
 
     def _micro(self, tensors: Batch, cu_seqlens: Tensor, directions: int) -> _Micro:
-        rows, tokens = (
-            torch.zeros(size, directions, dtype=torch.float64, device=tensors["tokens"].device)
-            for size in (len(cu_seqlens) - 1, tensors["tokens"].numel())
-        )
-        return _Micro(tensors, cu_seqlens, rows, tokens)
+        return _Micro(tensors, Tally(cu_seqlens, directions, tensors["tokens"].device))
 
     def _run(self, micros: list[_Micro], advance: Callable[[int], None]) -> None:
         first = self.chunks[0]
@@ -150,7 +137,7 @@ class Ghost:
     def _blank(self, like: _Micro) -> _Micro:
         tensors = {name: tensor.clone() for name, tensor in like.tensors.items()}
         tensors["loss_mask"].zero_()
-        return self._micro(tensors, like.cu_seqlens, like.rows.shape[1])
+        return self._micro(tensors, like.tally.cu_seqlens, like.tally.directions)
 
     def _head(self, chunk: R1Model, states: Tensor, micro: _Micro) -> Tensor:
         """Sum of the losses; its backward is what adds the head's scores."""
@@ -162,28 +149,17 @@ class Ghost:
         )
 
     def _hear(self, use: Use) -> None:
-        lines, columns, micro = self._lines[use.tap.name].parts, self._lines[use.tap.name].columns, use.ticket
+        lines, columns, tally = self._lines[use.tap.name].parts, self._lines[use.tap.name].columns, use.ticket.tally
         if not columns:
             return
         if use.tap.kind == "linear":
-            micro.rows[:, columns] += grad_dot(use.inputs, use.gradient, lines, micro.cu_seqlens)
+            tally.units[:, columns] += grad_dot(use.inputs, use.gradient, lines, tally.cu_seqlens)
             return
         if use.tap.kind == "norm":
-            x = use.inputs.to(torch.promote_types(use.inputs.dtype, torch.float32))
-            scale = torch.linalg.vector_norm(x, dim=-1).square_().div_(x.shape[-1]).add_(use.tap.module.eps).rsqrt_()
-            heard = ((x * use.gradient) @ lines.to(x.dtype).t()).mul_(scale.unsqueeze(-1))
+            heard = norm_scores(use.inputs, use.gradient, lines, use.tap.module.eps)
         else:
-            heard = self._embedding(use, lines)
-        micro.tokens[use.first : use.first + len(heard), columns] += heard
-
-    def _embedding(self, use: Use, lines: Tensor) -> Tensor:
-        """[T, K]. Tokens of other processes' pieces of the vocabulary are theirs to count."""
-        piece = self._listener.chunks[0].vocabulary
-        here = (use.inputs >= piece.start) & (use.inputs < piece.end)
-        index = (use.inputs - piece.start).where(here, torch.zeros_like(use.inputs))
-        wide = torch.promote_types(use.gradient.dtype, torch.float32)
-        found = torch.stack([torch.linalg.vecdot(use.gradient.to(wide), line[index].to(wide)) for line in lines], dim=-1)
-        return found if piece.whole else found * here.unsqueeze(-1)
+            heard = embedding_scores(use.inputs, use.gradient, lines, self._listener.chunks[0].vocabulary)
+        tally.tokens[use.first : use.first + len(heard), columns] += heard
 
     def _stack(self, directions: Sequence[Mapping[str, Tensor]]) -> dict[str, _Lines]:
         """For every parameter, in its type."""
@@ -212,7 +188,7 @@ class _ScoredLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, rows: CrossEntropyRows, lines: Tensor, micro: _Micro, counts: bool) -> Tensor:
         mask = micro.tensors["loss_mask"].flatten()
-        losses, scores, d_hidden, _ = linear_loss_scores(hidden, weight, rows, lines, micro.cu_seqlens, mask, weight_gradient=False)
+        losses, scores, d_hidden, _ = linear_loss_scores(hidden, weight, rows, lines, micro.tally.cu_seqlens, mask, weight_gradient=False)
         ctx.save_for_backward(scores, d_hidden)
         ctx.micro, ctx.counts = micro, counts
         return (losses * mask).sum()
@@ -223,7 +199,7 @@ class _ScoredLoss(torch.autograd.Function):
         scores, d_hidden = ctx.saved_tensors
         if ctx.counts:
             # Summed over the pieces of the vocabulary already: one process counts it.
-            ctx.micro.rows += scores
+            ctx.micro.tally.units += scores
         return d_hidden * gradient.to(d_hidden.dtype), None, None, None, None, None
 
 

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_r1.influence.precondition import Preconditioner
-from megatron_r1.influence.probe_gradient import Direction
 from megatron_r1.influence.space import WHOLE, Space
+from megatron_r1.model.precondition import Direction, Preconditioner
 from megatron_r1.utils.errors import ConfigError, DataError
 
 GROUPS = (

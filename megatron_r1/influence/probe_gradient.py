@@ -13,9 +13,8 @@ from torch import Tensor
 
 from megatron_r1.influence.rows import Row, TokenLosses, batches
 from megatron_r1.influence.space import WHOLE, Space
+from megatron_r1.model.precondition import Direction
 from megatron_r1.utils.errors import CheckpointError, DataError
-
-Direction = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

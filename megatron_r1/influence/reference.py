@@ -11,9 +11,10 @@ from torch import Tensor
 
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.influence.config import InfluenceConfig
-from megatron_r1.influence.probe_gradient import Direction, gradient
+from megatron_r1.influence.probe_gradient import gradient
 from megatron_r1.influence.rows import Row, TokenLosses
 from megatron_r1.influence.select import choose
+from megatron_r1.model.precondition import Direction
 from megatron_r1.utils.errors import DataError
 
 FEWEST = 4

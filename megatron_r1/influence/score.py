@@ -19,10 +19,11 @@ from megatron_r1.influence.finite_difference import FiniteDifference, sum_by_uni
 from megatron_r1.influence.ghost import Ghost
 from megatron_r1.influence.groups import FEWEST, by_group, energy_shares, score_shares
 from megatron_r1.influence.job import Job, Partition, direction_tokens, scoring_tokens, totals_at
-from megatron_r1.influence.probe_gradient import Direction, fold_gradient
+from megatron_r1.influence.probe_gradient import fold_gradient
 from megatron_r1.influence.rows import Row, batches
 from megatron_r1.influence.space import Space
 from megatron_r1.influence.validity import cost, receipt
+from megatron_r1.model.precondition import Direction
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.utils import io
 from megatron_r1.utils.logging import duration, get_logger, human, progress

@@ -15,10 +15,10 @@ import torch
 
 from megatron_r1.influence.config import ValidityConfig
 from megatron_r1.influence.finite_difference import FiniteDifference
-from megatron_r1.influence.precondition import Preconditioner
 from megatron_r1.influence.probe_gradient import gradient, row_weights
 from megatron_r1.influence.rows import Row, batches, padded_tokens
 from megatron_r1.influence.select import Chosen
+from megatron_r1.model.precondition import Preconditioner
 from megatron_r1.utils.seeding import generator
 from megatron_r1.utils.statistics import spearman
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_r1.model.build import R1Model
 from megatron_r1.model.loss import topk_rows
-from megatron_r1.ops.linear_loss import linear_loss
+from megatron_r1.ops.linear_loss import HeadScores, linear_loss
 from megatron_r1.ops.row_losses import CrossEntropyRows, DistillRows, MixedRows, RowLoss
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.parallel.ddp import unwrap
@@ -24,15 +24,15 @@ Model = nn.Module | Sequence[nn.Module]
 Batch = Mapping[str, Tensor]
 
 
-def token_losses(model: Model, batch: Batch) -> Tensor:
+def token_losses(model: Model, batch: Batch, scores: HeadScores | None = None) -> Tensor:
     """-log p(label | tokens before it) for every position, not masked: fp32 [b, s]; differentiable.
 
     `batch`: `tokens`, `labels` [b, s]; optionally `segment_ids` [b, s] (attention stays inside equal ids) and `loss_mask`
     [b, s]. The mask is not applied: it tells which sum of the losses will be differentiated, and saves time when that is so
-    (without one: the plain sum or mean). On a pipeline stage that is not the last: the stage's activations [s, b, d], which
+    (without one: the plain sum or mean). `scores`: see `ops.linear_loss`. On a pipeline stage that is not the last: the stage's activations [s, b, d], which
     the schedule passes on.
     """
-    return _losses(model, batch, lambda chunk, labels: CrossEntropyRows(labels, chunk.vocabulary))
+    return _losses(model, batch, lambda chunk, labels: CrossEntropyRows(labels, chunk.vocabulary), scores)
 
 
 def distill_losses(model: Model, teacher: Model, batch: Batch, temperature: float = 1.0, hard_weight: float = 0.0) -> Tensor:
@@ -105,7 +105,7 @@ def hidden(model: Model, tokens: Tensor, segment_ids: Tensor | None = None) -> T
     return chunk(tokens, segment_ids, lambda bare, states: bare.whole_sequence(states).transpose(0, 1))
 
 
-def _losses(model: Model, batch: Batch, rows: Callable[[R1Model, Tensor], RowLoss]) -> Tensor:
+def _losses(model: Model, batch: Batch, rows: Callable[[R1Model, Tensor], RowLoss], scores: HeadScores | None = None) -> Tensor:
     """Run `model` with a chunked head of the row loss `rows(chunk, labels [s*b])`."""
 
     def head(chunk: R1Model, states: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def _losses(model: Model, batch: Batch, rows: Callable[[R1Model, Tensor], RowLos
         expected = mask.transpose(0, 1).flatten() if mask is not None else None
         labels = batch["labels"].transpose(0, 1).flatten()
         made = rows(chunk, labels)
-        losses = chunk.with_head_weight(lambda weight: linear_loss(_flat(chunk.to_head(states)), weight, made, expected))
+        losses = chunk.with_head_weight(lambda weight: linear_loss(_flat(chunk.to_head(states)), weight, made, expected, scores))
         return losses.view(batch["labels"].shape[::-1]).transpose(0, 1)
 
     return _chunk(model)(batch["tokens"], batch.get("segment_ids"), head)

@@ -15,7 +15,7 @@ may be on their way at once (pipelines): each use comes with the ticket of its o
 copy every use counts exactly once. Of cut weights each process hears its part; gains of norms that every tensor-parallel process
 holds whole are heard by the first, unless the sequence is cut (sequence parallelism), where each hears its own tokens.
 
-Legend: T tokens of a micro-batch of one row, din/dout width of a layer's input/output here, d hidden size.
+Legend: T = s*b tokens of a micro-batch of b rows of s tokens, din/dout width of a layer's input/output here, d hidden size.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from megatron_r1.model.build import OutputHead, R1Model
 from megatron_r1.model.spec import RMSNorm
@@ -54,13 +55,18 @@ class Tap:
 
 
 class Use(NamedTuple):
-    """What was heard. `first`: place of its first token in the row (above 0 where the sequence is cut)."""
+    """What was heard, position by position of all rows ([s, b]). `first`: place of its first token (above 0 where the sequence is cut)."""
 
     tap: Tap
     inputs: Tensor  # [T, din], tokens [T] for an embedding
     gradient: Tensor  # [T, dout]
     ticket: Any
     first: int
+
+
+Weights = Literal["frozen", "trained", "left to hear"]
+"""What happens to the gradients of the weights while listening: none are made; autograd makes them as ever; those of linear layers
+are `hear`'s to add to `main_grad`, autograd makes the others."""
 
 
 def parameters_of(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
@@ -117,12 +123,20 @@ class Listener:
         """The forward passes until the next `begin` belong to `ticket`; so do recomputed ones of layers that get `segment_ids`."""
         self._ticket = self._tickets[segment_ids.data_ptr()] = ticket
 
+    def end(self) -> None:
+        """Passes from here to the next `begin` belong to nobody and are not heard."""
+        self._ticket = None
+        self._tickets.clear()
+
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hear inside of the block. Weights take no gradients there (nobody needs them); both are as before afterwards."""
-        parameters = [p for chunk in self.chunks for p in chunk.parameters()]
+    def attached(self, weights: Weights = "frozen") -> Iterator[None]:
+        """Hear what begins inside of the block. Settings of the weights are as before afterwards."""
+        parameters = [p for chunk in self.chunks for p in chunk.parameters()] if weights == "frozen" else []
         wanted = [p.requires_grad for p in parameters]
-        handles = [tap.module.register_forward_hook(self._hook(tap)) for tap in self.taps if tap.kind != "head"]
+        taps = [tap for tap in self.taps if tap.kind != "head"]
+        # Before the hook that hears, which must find the weight's setting restored.
+        handles = [handle for tap in taps if tap.kind == "linear" for handle in self._spare(tap.module)] if weights == "left to hear" else []
+        handles += [tap.module.register_forward_hook(self._hook(tap)) for tap in taps]
         layers = [m for chunk in self.chunks for m in chunk.modules() if isinstance(m, TransformerLayer)]
         handles += [layer.register_forward_pre_hook(self._recall, with_kwargs=True) for layer in layers]
         try:
@@ -134,8 +148,19 @@ class Listener:
                 handle.remove()
             for parameter, flag in zip(parameters, wanted):
                 parameter.requires_grad_(flag)
-            self._ticket = None
-            self._tickets.clear()
+            self.end()
+
+    def _spare(self, module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+        """In a heard pass the layer sees a frozen weight and leaves its gradient alone. Only there: others ask for the setting."""
+
+        def freeze(module: nn.Module, _: Any) -> None:
+            if self._ticket is not None:
+                module.weight.requires_grad_(False)
+
+        def restore(module: nn.Module, _: Any, __: Any) -> None:
+            module.weight.requires_grad_(True)
+
+        return module.register_forward_pre_hook(freeze), module.register_forward_hook(restore)
 
     def _recall(self, _: nn.Module, __: Any, keywords: Mapping[str, Any]) -> None:
         """A layer whose activations are computed again, in the backward pass of one micro-batch after the forward pass of another,
@@ -150,20 +175,22 @@ class Listener:
 
         def on_forward(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor | None:
             out = output[0] if isinstance(output, tuple) else output
-            if not torch.is_grad_enabled():
-                return None  # of a recomputed layer's first forward pass
-            if tap.kind == "embedding":
-                out.requires_grad_()  # nothing before it takes gradients
+            if self._ticket is None or not torch.is_grad_enabled():
+                return None  # nobody's, or a recomputed layer's first forward pass
+            if not out.requires_grad:
+                out.requires_grad_()  # the embedding's, of frozen weights: nothing before it takes gradients
             if silent:
                 return None
             inputs, ticket = arguments[0].detach(), self._ticket
 
             def on_backward(gradient: Tensor) -> None:
                 a, b, first = inputs, gradient.detach(), 0
+                if tap.kind == "embedding":
+                    # [b, s]; so is what comes out, but for cut sequences.
+                    a, b = a.t(), b if cut else b.transpose(0, 1)
                 if cut:
                     a, b, first = self._whole(tap, a, b)
-                a = a.flatten() if tap.kind == "embedding" else a.flatten(0, -2)
-                self.hear(Use(tap, a, b.flatten(0, -2), ticket, first))
+                self.hear(Use(tap, a.flatten() if tap.kind == "embedding" else a.flatten(0, -2), b.flatten(0, -2), ticket, first))
 
             out.register_hook(on_backward)
             return None
@@ -174,7 +201,7 @@ class Listener:
         """Under sequence parallelism: column-parallel layers have a piece of the tokens as input, row-parallel ones and the
         embedding as output."""
         if tap.kind == "norm":
-            return a, b, self.ctx.tensor_rank * a.shape[0]
+            return a, b, self.ctx.tensor_rank * a.shape[:-1].numel()
         with torch.no_grad():
             if isinstance(tap.module, ColumnParallelLinear):
                 return gather_from_sequence_parallel_region(a, tensor_parallel_output_grad=False), b, 0

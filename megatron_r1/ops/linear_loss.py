@@ -12,8 +12,9 @@ Legend: n positions, d hidden size, V vocabulary, p pieces it is cut into, K pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,8 +52,16 @@ def _losses(hidden: Tensor, weight: Tensor, rows: RowLoss) -> Tensor:
     return result
 
 
+class Scorer(Protocol):
+    """Hears the derivatives of every chunk."""
+
+    def add(self, dz: Tensor, hidden: Tensor, a: int, b: int) -> None:
+        """Positions a to b: dz [b - a, V/p], derivatives by the logits, and hidden [b - a, d]."""
+        ...
+
+
 def _losses_and_gradients(
-    hidden: Tensor, weight: Tensor, rows: RowLoss, shares: Tensor, weight_gradient: bool = True, scorer: _Scorer | None = None
+    hidden: Tensor, weight: Tensor, rows: RowLoss, shares: Tensor, weight_gradient: bool = True, scorer: Scorer | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Losses W [n] and the gradients of sum(shares * losses): for hidden [n, d] and weight W [V/p, d]."""
     wide = wide_dtype(weight.dtype)
@@ -70,40 +79,73 @@ def _losses_and_gradients(
     return result, d_hidden, d_weight
 
 
+@dataclass(frozen=True)
+class HeadScores:
+    """What to make of the head's derivatives beside its gradients, and whom to tell.
+
+    along: (dz [c, V/p], hidden [c, d]) -> [c, K], what each position adds to the scores along K directions. hear: gets [n, K] fp64 in
+    the backward pass, in units of the gradient that arrived there; with a vocabulary in pieces, this piece's part.
+    """
+
+    along: Callable[[Tensor, Tensor], Tensor]
+    directions: int
+    hear: Callable[[Tensor], None]
+
+
+class _Positions:
+    """Keeps what every position adds."""
+
+    def __init__(self, scores: HeadScores, hidden: Tensor) -> None:
+        self.along = scores.along
+        self.parts = hidden.new_zeros(hidden.shape[0], scores.directions, dtype=torch.float64)
+
+    def add(self, dz: Tensor, hidden: Tensor, a: int, b: int) -> None:
+        """See Scorer."""
+        self.parts[a:b] = self.along(dz, hidden)
+
+
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, rows: RowLoss, expected: Tensor) -> Tensor:
-        losses, d_hidden, d_weight = _losses_and_gradients(hidden, weight, rows, expected)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, rows: RowLoss, expected: Tensor, scores: HeadScores | None) -> Tensor:
+        scorer = None if scores is None else _Positions(scores, hidden)
+        losses, d_hidden, d_weight = _losses_and_gradients(hidden, weight, rows, expected, True, scorer)
         ctx.save_for_backward(hidden, weight, expected, d_hidden, d_weight)
-        ctx.rows = rows
+        ctx.rows, ctx.scores, ctx.scorer = rows, scores, scorer
         return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, expected, d_hidden, d_weight = ctx.saved_tensors
+        scores, scorer = ctx.scores, ctx.scorer
         if grad.numel() == 0:
-            return d_hidden, d_weight.to(weight.dtype), None, None
+            return d_hidden, d_weight.to(weight.dtype), None, None, None
         largest = expected.abs().argmax()
         factor = grad[largest] / expected[largest]
         if not torch.equal(grad, expected * factor):  # also when nothing was expected: 0/0 equals nothing
-            _, d_hidden, d_weight = _losses_and_gradients(hidden, weight, ctx.rows, grad)
+            scorer = None if scores is None else _Positions(scores, hidden)
+            _, d_hidden, d_weight = _losses_and_gradients(hidden, weight, ctx.rows, grad, True, scorer)
         elif factor != 1.0:
             d_hidden, d_weight = d_hidden * factor, d_weight * factor
-        return d_hidden, d_weight.to(weight.dtype), None, None
+            if scorer is not None:
+                scorer.parts *= factor
+        if scores is not None and scorer is not None:
+            scores.hear(scorer.parts)
+        return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
-def linear_loss(hidden: Tensor, weight: Tensor, rows: RowLoss, expected: Tensor | None = None) -> Tensor:
+def linear_loss(hidden: Tensor, weight: Tensor, rows: RowLoss, expected: Tensor | None = None, scores: HeadScores | None = None) -> Tensor:
     """Losses W [n] of the logits hidden @ weight^T, differentiable with respect to both.
 
     hidden [n, d], weight [V/p, d], any float type, any strides. `expected` [n]: the weights the losses are about to be summed
     with (a loss mask), up to one common factor; None means equal weights. A wrong guess costs time, not correctness.
-    With a vocabulary in pieces the gradient of hidden is this piece's part of it. Raises DataError on arguments that do not
+    With a vocabulary in pieces the gradient of hidden is this piece's part of it. `scores`: told in the backward pass how far
+    positions' gradients of the weight point along given directions. Raises DataError on arguments that do not
     fit each other and, on a CPU, on labels outside the vocabulary.
     """
     _check(hidden, weight, rows, expected)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearLoss.apply(hidden.contiguous(), weight.contiguous(), rows, _shares(hidden, weight, expected))
+        return _LinearLoss.apply(hidden.contiguous(), weight.contiguous(), rows, _shares(hidden, weight, expected), scores)
     return _losses(hidden.detach().contiguous(), weight.detach().contiguous(), rows)
 
 
@@ -162,15 +204,19 @@ class _Scorer:
 
     def add(self, dz: Tensor, hidden: Tensor, a: int, b: int) -> None:
         """Positions a to b, dz [c, V/p] and hidden [c, d]."""
-        dz = dz.to(self.probes.dtype)
-        for k, probe in enumerate(self.probes):
-            self.parts[a:b, k] = torch.linalg.vecdot(torch.mm(dz, probe).to(self.wide), hidden.to(self.wide))
+        self.parts[a:b] = along_probes(dz, hidden, self.probes)
 
     def scores(self) -> Tensor:
         """W [documents, K]; a document without positions has 0."""
         if self.lengths.numel() == 0:
             return self.parts[:0].to(self.wide)
         return torch.segment_reduce(self.parts, "sum", lengths=self.lengths, axis=0, initial=0.0).to(self.wide)
+
+
+def along_probes(dz: Tensor, hidden: Tensor, probes: Tensor) -> Tensor:
+    """What each position adds to the scores along probes [K, V/p, d] of the head's weight: dz [c, V/p], hidden [c, d] -> W [c, K]."""
+    wide, dz = wide_dtype(hidden.dtype), dz.to(probes.dtype)
+    return torch.stack([torch.linalg.vecdot(torch.mm(dz, probe).to(wide), hidden.to(wide)) for probe in probes], dim=1)
 
 
 def _shares(hidden: Tensor, weight: Tensor, expected: Tensor | None) -> Tensor:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from megatron_r1.influence.finite_difference import FiniteDifference
 from megatron_r1.influence.ghost import Ghost, require_separate
-from megatron_r1.influence.precondition import Adam
 from megatron_r1.influence.rows import PackedBatch, Row, batches, pack, packed
 from megatron_r1.model.build import R1Model, build_model
 from megatron_r1.model.config import PRESETS
 from megatron_r1.model.forward import token_losses
+from megatron_r1.model.precondition import Adam
 from megatron_r1.model.taps import find_taps
 from megatron_r1.parallel.config import LayoutConfig
 from megatron_r1.parallel.context import initialize

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from megatron_r1.influence.finite_difference import FiniteDifference, sum_by_unit
 from megatron_r1.influence.groups import energy_shares
-from megatron_r1.influence.precondition import Adam, Identity, Preconditioner
 from megatron_r1.influence.probe_gradient import probe_gradients
 from megatron_r1.influence.rows import Row, batches, collate, padded_tokens, plan
 from megatron_r1.model.build import R1Model, build_model
 from megatron_r1.model.config import PRESETS
 from megatron_r1.model.forward import token_losses
+from megatron_r1.model.precondition import Adam, Identity, Preconditioner
 from megatron_r1.parallel.config import LayoutConfig
 from megatron_r1.parallel.context import initialize
 from megatron_r1.utils.errors import CheckpointError, DataError

@@ -15,10 +15,10 @@ from torch import Tensor
 from megatron_r1.influence.config import PARAMETER_KINDS
 from megatron_r1.influence.datainf import DataInf
 from megatron_r1.influence.groups import KINDS, Selected, by_group, only, score_shares, select
-from megatron_r1.influence.precondition import Adam, Identity, Preconditioner
 from megatron_r1.influence.probe_gradient import dot
 from megatron_r1.influence.reference import DocumentGradients, Reference, draw
 from megatron_r1.influence.rows import Batch, Row
+from megatron_r1.model.precondition import Adam, Identity, Preconditioner
 from megatron_r1.utils.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")

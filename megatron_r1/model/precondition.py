@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_r1.influence.probe_gradient import Direction
 from megatron_r1.utils.errors import CheckpointError
+
+Direction = dict[str, Tensor]
+"""A gradient, or what was made of one: parameter name -> its part in this process."""
 
 
 class Preconditioner(ABC):
