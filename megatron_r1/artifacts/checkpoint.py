@@ -5,6 +5,7 @@
     tokenizer/        the tokenizer of the shards it was trained on
     checkpoints/step-00000100/   one folder per kept checkpoint (format: parallel/checkpoint.py)
     metrics.jsonl     one record per logged step
+    scores/           scores of documents made while training (optional; artifacts/training_scores.py)
     ledger.jsonl      one record per step: which samples, from which sources
     tensorboard/      the same metrics as event files (optional)
 """
@@ -20,6 +21,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from megatron_r1.artifacts.base import Artifact
+from megatron_r1.artifacts.training_scores import TrainingScores
 from megatron_r1.config.base import Frozen
 from megatron_r1.utils import io
 from megatron_r1.utils.errors import ArtifactError, CheckpointError
@@ -72,6 +74,7 @@ class TrainManifest(Frozen):
     skipped_steps: list[int] = Field(description="steps whose update was skipped because a loss or gradient was not finite")
     layout: dict[str, Any] = Field(description="parallel layout it was trained on; loading does not depend on it")
     precision: str = Field(description="fp32 or bf16")
+    scores: TrainingScores | None = Field(default=None, description="scores of the documents made while training, in short; rows in scores/")
     group_dro: DomainWeights | None = Field(default=None, description="domain weights, objective group_dro only")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -81,13 +81,34 @@ def complete_gradients(chunks: Sequence[nn.Module], ctx: ParallelContext) -> Non
     For chunks that are not wrapped (megatron-core's `finalize_model_grads` does it for those that are): gains under sequence
     parallelism, where each process saw its own tokens, and a tied embedding on the first and last stage of a pipeline.
     """
+    _complete(chunks, {id(p): p.grad for chunk in chunks for p in chunk.parameters() if p.grad is not None}, ctx)
+
+
+def _complete(chunks: Sequence[nn.Module], gradients: Mapping[int, torch.Tensor], ctx: ParallelContext) -> None:
+    """`gradients`: by id() of their parameters."""
     for chunk in chunks:
         for p in chunk.parameters():
-            if p.grad is not None and getattr(p, "sequence_parallel", False):
-                ctx.all_reduce_sum(p.grad, over="tensor")
+            if id(p) in gradients and getattr(p, "sequence_parallel", False):
+                ctx.all_reduce_sum(gradients[id(p)], over="tensor")
     for p in _tied(chunks, ctx):
         if ctx.is_first_stage or ctx.is_last_stage:
-            dist.all_reduce(p.grad, group=parallel_state.get_embedding_group())
+            dist.all_reduce(gradients[id(p)], group=parallel_state.get_embedding_group())
+
+
+def collected_gradients(chunks: Sequence[nn.Module], ctx: ParallelContext) -> dict[int, torch.Tensor]:
+    """After `schedule.forward_backward(gather=False)` of wrapped chunks: id() of a parameter -> this process' part of its gradient,
+    summed over the data-parallel ranks and complete, fp32. Collective. The buffers stay as they are; the next pass clears them."""
+    found = {id(p): ctx.all_reduce_sum(p.main_grad.clone(), over="data") for chunk in chunks for p in chunk.parameters()}
+    _complete(chunks, found, ctx)
+    return found
+
+
+def gradient_added(chunks: Sequence[nn.Module], parameter: nn.Parameter) -> None:
+    """A micro-batch's gradient of `parameter` has been added to its `main_grad` by hand: with overlap, the last one's lets it go."""
+    for chunk in chunks:
+        group = chunk.param_to_bucket_group.get(parameter)
+        if group is not None and chunk.ddp_config.overlap_grad_reduce:
+            group.register_grad_ready(parameter)
 
 
 def _tied(chunks: Sequence[nn.Module], ctx: ParallelContext) -> list[nn.Parameter]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from megatron_r1.parallel.config import LayoutConfig
+from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.parallel.mcore import (
     DistributedOptimizer,
     MegatronOptimizer,
@@ -142,6 +143,22 @@ def local_states(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, s
                 if model is not None:
                     kept["main"] = main
                 yield model if model is not None else main, None, kept
+
+
+def second_moments(optimizer: MegatronOptimizer, chunks: Sequence[nn.Module], ctx: ParallelContext) -> dict[int, torch.Tensor]:
+    """id() of every parameter -> its running mean of squared gradients as Adam keeps it (not divided by 1 - beta2^t), fp32, of the
+    parameter's shape. Collective: ranks that own parts of a moment put them together. Only for reading."""
+    kept = {id(parameter): (span, tensors["exp_avg_sq"]) for parameter, span, tensors in local_states(optimizer)}
+    if not any(isinstance(inner, DistributedOptimizer) for inner in inner_optimizers(optimizer)):
+        return {name: moment for name, (_, moment) in kept.items()}
+    found = {}
+    for parameter in (p for chunk in chunks for p in chunk.parameters()):
+        whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        if id(parameter) in kept:
+            span, moment = kept[id(parameter)]
+            whole.view(-1)[span] = moment.view(-1)
+        found[id(parameter)] = ctx.all_reduce_sum(whole, over="data")
+    return found
 
 
 def _is_torch(optimizer: torch.optim.Optimizer) -> bool:

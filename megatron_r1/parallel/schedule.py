@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ def forward_backward(
     seq_length: int,
     micro_batch: int,
     forward_only: bool = False,
+    gather: bool = True,
 ) -> list[dict[str, Tensor]]:
     """Run `num_microbatches` micro-batches of [micro_batch, seq_length] tokens through the pipeline. Collective.
 
@@ -42,7 +43,8 @@ def forward_backward(
         sum of losses over all counted tokens / number of counted tokens,
 
     both over all micro-batches and all data-parallel ranks, whatever the layout and however unevenly tokens are masked. Chunks
-    that are not wrapped are differentiated too, of the plain sum of losses: nothing is divided and no gradient leaves its process.
+    that are not wrapped are differentiated too, of the plain sum of losses: nothing is divided and no gradient leaves its process. So
+    it is without `gather`, whose gradients in the buffers `ddp.collected_gradients` adds up.
     `forward_step` takes each micro-batch from the iterator once per chunk; every pipeline stage must be fed the same
     micro-batches. Returns, on the last stage, one dict per micro-batch: what the loss function reported plus `loss_sum` and
     `num_tokens`, all detached; on other stages an empty list. `reduce_reports` adds them up.
@@ -72,10 +74,17 @@ def forward_backward(
 
         return output, report
 
-    finalize = first.finalize_model_grads_func
-    first.finalize_model_grads_func = None if forward_only or not wrapped else finalize_model_grads
+    before = {name: getattr(first, name) for name in ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")}
+    first.finalize_model_grads_func = None if forward_only or not (wrapped and gather) else finalize_model_grads
     try:
-        with torch.no_grad() if forward_only else nullcontext():
+        with ExitStack() as stack:
+            if forward_only:
+                stack.enter_context(torch.no_grad())
+            elif wrapped and not gather:
+                # The schedule would let the last micro-batch's gradients go.
+                first.no_sync_func, first.grad_sync_func = nullcontext, None
+                for chunk in chunks:
+                    stack.enter_context(chunk.no_sync())
             return get_forward_backward_func()(
                 forward_step_func=reporting_step,
                 data_iterator=streams,
@@ -86,7 +95,8 @@ def forward_backward(
                 forward_only=forward_only,
             )
     finally:
-        first.finalize_model_grads_func = finalize
+        for name, value in before.items():
+            setattr(first, name, value)
 
 
 def reduce_reports(ctx: ParallelContext, reports: Sequence[dict[str, Tensor]], names: Sequence[str] = ()) -> dict[str, float]:

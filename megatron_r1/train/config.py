@@ -36,7 +36,9 @@ class TrainInputs(Frozen):
     checkpoint: StepName | None = Field(None, description="train step to start from (its final checkpoint); none: random weights")
     teacher: StepName | None = Field(None, description="train step whose final checkpoint is the teacher of the distill objective")
     reference: StepName | None = Field(None, description="train step whose final checkpoint is the reference model of the group_dro objective")
-    probe: StepName | None = Field(None, description="probe step whose documents, per capability, are the validation set of the `probe` curves")
+    probe: StepName | None = Field(
+        None, description="probe step whose documents, per capability, are the validation set of the `probe` curves and what `scores` are measured against"
+    )
 
 
 class ModelChanges(Frozen):
@@ -90,6 +92,19 @@ class RankMeConfig(Frozen):
 
     every: Every | None = Field(None, description="how often; none: only after the last step")
     samples: Samples = Field(Samples(0), description="number of sequences, one token of each; '0 samples' turns it off; published protocol: 25600")
+
+
+class ScoresConfig(Frozen):
+    """Scores of every document while it is trained on, along a probe gradient of some steps ago (docs/influence.md, In training)."""
+
+    every: Every = Field(Steps(20), description="how often the probe gradients are taken anew; in between they lag behind the weights")
+    rank: Annotated[int, Field(ge=1)] | None = Field(
+        16, description="rank the probe gradient of every matrix is cut down to, with the error recorded; none: the whole gradient, at a higher price"
+    )
+    documents: Annotated[int, Field(ge=1)] | None = Field(16, description="at most this many probe windows per capability, shared between its sources; none: all")
+    preconditioner: Literal["adam", "none"] = Field(
+        "adam", description="adam: what the optimizer's own second moment, bias correction and eps make of the probe gradient; none: the gradient itself"
+    )
 
 
 class TeacherConfig(Frozen):
@@ -169,6 +184,7 @@ class TrainConfig(StageConfig):
     checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="which steps are saved")
     validation: ValidationConfig = Field(ValidationConfig(), description="held-out loss while training")
     rankme: RankMeConfig = Field(RankMeConfig(), description="effective rank while training")
+    scores: ScoresConfig | None = Field(None, description="score every document while training on it; needs inputs.probe; none: off")
     distill: DistillConfig = Field(DistillConfig(), description="settings of the distill objective")
     sft: SftConfig = Field(SftConfig(), description="settings of the sft objective")
     group_dro: GroupDroConfig = Field(GroupDroConfig(), description="settings of the group_dro objective")
@@ -204,6 +220,15 @@ class TrainConfig(StageConfig):
                 f"expected inputs.reference with objective group_dro, and only then; found objective {self.objective} "
                 f"{'without' if self.inputs.reference is None else 'with'} it; name the train step whose losses the excess is over"
             )
+        if self.scores is not None and self.objective != "next_token":
+            raise ValueError(
+                f"expected objective next_token with scores; found {self.objective}, whose loss is not the one a probe gradient compares with; "
+                "remove scores, or score its checkpoints with an influence step"
+            )
+        if self.scores is not None and self.inputs.probe is None:
+            raise ValueError("expected inputs.probe with scores; found none; name the probe step whose documents stand for the capabilities")
+        if self.scores is not None:
+            _positive(self.scores.every)
         return self
 
     @property

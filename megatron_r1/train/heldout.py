@@ -94,7 +94,7 @@ def _take(documents: Iterable[Document], tokens: int, seq_length: int) -> Iterat
             tokens -= length - 1
 
 
-def _interleaved(groups: Iterable[Iterable[Document]]) -> Iterator[Document]:
+def interleaved(groups: Iterable[Iterable[Document]]) -> Iterator[Document]:
     """One document of every group in turn, so that a token budget is shared between sources. Reads no further than asked."""
     waiting = [iter(group) for group in groups]
     while waiting:
@@ -126,7 +126,7 @@ def validation_documents(shards: Any, probe: ProbeSet | None, tokens: int, seq_l
         for reference in record.documents:
             document = Document(f"probe/{capability}", np.asarray(reference.tokens(shards)))
             by_source.setdefault(reference.source, []).append(document)
-        chosen += _take(_interleaved(by_source.values()), tokens, seq_length)
+        chosen += _take(interleaved(by_source.values()), tokens, seq_length)
     for split in SPLITS if probe is None else SPLITS[1:]:
         domains: dict[str, list[str]] = {}
         for name, source in sorted(shards.sources.items()):
@@ -134,7 +134,7 @@ def validation_documents(shards: Any, probe: ProbeSet | None, tokens: int, seq_l
                 domains.setdefault(source.domain, []).append(name)
         for domain, names in sorted(domains.items()):
             groups = [_documents(shards, name, split, f"{split}/{domain}", seed) for name in names]
-            chosen += _take(_interleaved(groups), tokens, seq_length)
+            chosen += _take(interleaved(groups), tokens, seq_length)
     return chosen
 
 
@@ -146,7 +146,7 @@ def rankme_documents(shards: Any, samples: int, seq_length: int, seed: int) -> t
     groups = [_documents(shards, name, "probe", "rankme", seed) for name in names]
     documents, positions = [], []
     draw = generator(seed, "rankme")
-    for document in _interleaved(groups):
+    for document in interleaved(groups):
         if len(documents) == samples:
             break
         if len(document.tokens) >= 3:

@@ -1,4 +1,4 @@
-"""Forward passes over held-out rows under any layout: what validation and RankMe are made of."""
+"""Passes over held-out rows under any layout: what validation, RankMe and probe gradients are made of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from megatron_r1.model.build import R1Model
 from megatron_r1.model.forward import token_losses
 from megatron_r1.parallel.context import ParallelContext
-from megatron_r1.parallel.schedule import LossFunction, forward_backward
+from megatron_r1.parallel.ddp import collected_gradients
+from megatron_r1.parallel.schedule import LossFunction, forward_backward, reduce_reports
 from megatron_r1.train.heldout import Rows
 
 # consume(output of the last stage [b, s, ...], numbers of the rows int64[b]; -1 for filler rows)
@@ -26,11 +27,7 @@ def run_rows(ctx: ParallelContext, chunks: Sequence[nn.Module], rows: Rows, micr
     tensor-parallel rank, so that a sum over the world counts every row once. Filler rows make the number of
     micro-batches equal on all ranks.
     """
-    interleave = ctx.pipeline_size if ctx.layout.virtual_pipeline else 1
-    per_round = micro_batch * ctx.data_size * interleave
-    numbers = np.arange(-(-len(rows) // per_round) * per_round)
-    numbers[len(rows) :] = -1
-    mine = numbers.reshape(-1, ctx.data_size, micro_batch)[:, ctx.data_rank]
+    mine = _shared_out(ctx, len(rows), micro_batch)
 
     def forward_step(batches: Iterator[np.ndarray], chunk: nn.Module) -> tuple[Tensor, LossFunction]:
         chosen = next(batches)
@@ -45,6 +42,34 @@ def run_rows(ctx: ParallelContext, chunks: Sequence[nn.Module], rows: Rows, micr
         return result, loss
 
     forward_backward(ctx, chunks, forward_step, iter(mine), len(mine), rows.batch["tokens"].shape[1], micro_batch, forward_only=True)
+
+
+def _shared_out(ctx: ParallelContext, rows: int, micro_batch: int) -> np.ndarray:
+    """Numbers of the rows of each of this rank's micro-batches, [n, b]; -1 for filler rows."""
+    per_round = micro_batch * ctx.data_size * (ctx.pipeline_size if ctx.layout.virtual_pipeline else 1)
+    numbers = np.arange(-(-rows // per_round) * per_round)
+    numbers[rows:] = -1
+    return numbers.reshape(-1, ctx.data_size, micro_batch)[:, ctx.data_rank]
+
+
+def gradient_of_rows(ctx: ParallelContext, chunks: Sequence[nn.Module], rows: Rows, micro_batch: int) -> tuple[dict[int, Tensor], float]:
+    """Gradient (by id() of the parameter, this process' part, fp32) and value of the sum of all rows' losses times their `loss_mask`.
+
+    The rows are shared among the data-parallel ranks. Chunks wrapped for training: their gradient buffers are used, and are to be
+    cleared before the next step, as a step does. Collective.
+    """
+
+    def forward_step(batches: Iterator[np.ndarray], chunk: nn.Module) -> tuple[Tensor, LossFunction]:
+        chosen = next(batches)
+        arrays = {key: _take(rows.batch[key], chosen) for key in ("tokens", "labels", "segment_ids", "loss_mask")}
+        arrays["loss_mask"][chosen < 0] = 0
+        batch = {key: torch.from_numpy(array).to(ctx.device) for key, array in arrays.items()}
+        nothing = torch.zeros((), dtype=torch.int, device=ctx.device)
+        return token_losses(chunk, batch), lambda out: ((out * batch["loss_mask"]).sum(), nothing, {})
+
+    mine = _shared_out(ctx, len(rows), micro_batch)
+    reports = forward_backward(ctx, chunks, forward_step, iter(mine), len(mine), rows.batch["tokens"].shape[1], micro_batch, gather=False)
+    return collected_gradients(chunks, ctx), reduce_reports(ctx, reports)["loss_sum"]
 
 
 def _states(model: R1Model, hidden: Tensor) -> Tensor:

@@ -23,9 +23,11 @@ from megatron_r1.artifacts.checkpoint import (
     checkpoint_folders,
 )
 from megatron_r1.artifacts.probe import load_probe
+from megatron_r1.artifacts.training_scores import ScoresReader
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.model.build import build_model
 from megatron_r1.model.config import ModelConfig
+from megatron_r1.model.scores_in_training import ScoresInTraining
 from megatron_r1.ops.attention import describe as describe_attention
 from megatron_r1.parallel import checkpoint
 from megatron_r1.parallel.context import ParallelContext, initialize
@@ -40,6 +42,7 @@ from megatron_r1.train.callbacks.console import Console
 from megatron_r1.train.callbacks.journal import Journal
 from megatron_r1.train.callbacks.metrics import Metrics
 from megatron_r1.train.callbacks.rankme import RankMe
+from megatron_r1.train.callbacks.scores import Scores
 from megatron_r1.train.callbacks.tensorboard import TensorBoard
 from megatron_r1.train.callbacks.validation import Validation
 from megatron_r1.train.config import DistillConfig, TrainConfig
@@ -47,10 +50,12 @@ from megatron_r1.train.feed import TrainingData, open_data
 from megatron_r1.train.group_dro import GroupDRO
 from megatron_r1.train.loop import Trainer
 from megatron_r1.train.objectives import Distill, Objective
+from megatron_r1.train.probe_directions import probe_rows
 from megatron_r1.train.resume import newest_complete
+from megatron_r1.train.scores import ScoredNextToken
 from megatron_r1.train.topk_cache import TopKCache
 from megatron_r1.utils import io
-from megatron_r1.utils.errors import ConfigError, DataError
+from megatron_r1.utils.errors import ArtifactError, ConfigError, DataError
 from megatron_r1.utils.logging import get_logger, human
 from megatron_r1.utils.machine import peak_memory_bytes
 
@@ -74,8 +79,9 @@ def run(config: TrainConfig, inputs: Inputs, work: Workspace) -> Artifact:
     chunks, optimizer = build(config, model, ctx)
     if ctx.is_main:
         io.atomic_write_json(work.path / MODEL_FILE, model.plain())
-    objective = make_objective(config, model, one.get("reference") or one.get("teacher"), shards, data, total, work, ctx)
-    callbacks = make_callbacks(config, model, shards, one.get("probe"), total, work)
+    scores = make_scores(config, chunks, shards, one, data, work, ctx)
+    objective = scores.objective if scores else make_objective(config, model, one.get("reference") or one.get("teacher"), shards, data, total, work, ctx)
+    callbacks = make_callbacks(config, model, shards, one.get("probe"), total, work, scores)
     trainer = Trainer(config, ctx, work.path, chunks, optimizer, objective, data, total, callbacks, work.name)
     describe_start(trainer, model, parent)
     path = newest_complete(work.path, ctx, checkpoint.verify)
@@ -177,7 +183,28 @@ def make_objective(
     return Distill(len(data.sources), ctx.device, config.distill, cache=cache, reset_documents=config.reset_documents)
 
 
-def make_callbacks(config: TrainConfig, model: ModelConfig, shards: ShardSet, probe: Artifact | None, total: int, work: Workspace) -> list[Callback]:
+def make_scores(
+    config: TrainConfig, chunks: Sequence[nn.Module], shards: ShardSet, inputs: Mapping[str, Artifact], data: TrainingData, work: Workspace, ctx: ParallelContext,
+) -> Scores | None:
+    """What scores documents while training, if asked for. Raises ArtifactError for a probe of other shards, DataError for a model with
+    parameters that can not be heard."""
+    if config.scores is None:
+        return None
+    probe = load_probe(inputs["probe"])
+    if probe.shards != inputs["shards"].fingerprint:
+        raise ArtifactError(
+            expected=f"a probe made from the shards {inputs['shards'].fingerprint[:8]}", found=f"one made from {probe.shards[:8]}",
+            fix="point train and its probe at the same corpus step",
+        )
+    engine = ScoresInTraining(chunks, ctx, full=config.scores.rank is None)
+    objective = ScoredNextToken(len(data.sources), ctx.device, engine, len(probe.capabilities))
+    rows = probe_rows(shards, probe, config.scores.documents, int(config.seq_length))
+    return Scores(config.scores, objective, rows, data.sources, work.tmp)
+
+
+def make_callbacks(
+    config: TrainConfig, model: ModelConfig, shards: ShardSet, probe: Artifact | None, total: int, work: Workspace, scores: Scores | None = None
+) -> list[Callback]:
     """Measuring, then recording, then saving: the order is part of the meaning."""
     length, seed = int(config.seq_length), config.seed or 0
     callbacks: list[Callback] = []
@@ -185,6 +212,7 @@ def make_callbacks(config: TrainConfig, model: ModelConfig, shards: ShardSet, pr
         callbacks.append(Validation(config.validation, shards, None if probe is None else load_probe(probe), length, seed))
     if config.rankme.samples:
         callbacks.append(RankMe(config.rankme, shards, model.hidden_size, length, seed))
+    callbacks += [scores] if scores else []
     callbacks += [Metrics(), Journal()]
     if config.log.tensorboard:
         callbacks.append(TensorBoard())
@@ -220,6 +248,13 @@ def describe_start(trainer: Trainer, model: ModelConfig, parent: CheckpointSet |
             # A forward pass is about a third of a training step.
             share = 100 * callback.tokens / 3 / (interval * int(config.global_batch))
             log.info("%s: %s tokens every %d steps, about %.1f %% more computation", type(callback).__name__.lower(), human(callback.tokens), interval, share)
+        if isinstance(callback, Scores):
+            interval = config.in_steps(callback.config.every, total) or total
+            log.info(
+                "scores: along %s, renewed every %d steps from %s tokens of probe, about %.1f %% more computation%s", " and ".join(callback.probe), interval,
+                human(callback.tokens), 100 * callback.tokens / (interval * int(config.global_batch)),
+                "; the first come after the first renewal, when there is a second moment" if config.scores.preconditioner == "adam" else "",
+            )
     for name, epochs in data.epochs(samples).items():
         log.info("  %-24s %6.2f %% of tokens, %8.3f epochs%s", name, 100 * data.weights[name], epochs, f" (from block {data.order.start[name]})" if data.order.start[name] else "")
 
@@ -246,7 +281,7 @@ def write_payload(trainer: Trainer, artifact: Artifact, shards: ShardSet, parent
         objective=config.objective, checkpoints=records, final=len(records) - 1, steps=trainer.total, tokens=trainer.tokens, tokens_before=before,
         seq_length=int(config.seq_length), global_batch=int(config.global_batch), optimizer={**config.optimizer.plain(), "lr": config.lr.plain()},
         data_cursors=cursors, data_seed=data.data_seed, data_views=data.views, shards=artifact.fingerprint, tokenizer=shards.tokenizer.sha256, sources=data.weights,
-        skipped_steps=trainer.guard.skipped, layout=config.layout.plain(), precision=config.precision,
+        scores=ScoresReader(work.path).summary() if config.scores else None, skipped_steps=trainer.guard.skipped, layout=config.layout.plain(), precision=config.precision,
         group_dro=trainer.objective.result() if isinstance(trainer.objective, GroupDRO) else None,
     )
     io.atomic_write_json(work.path / TRAIN_FILE, manifest.plain())

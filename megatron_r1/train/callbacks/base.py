@@ -23,6 +23,9 @@ class Callback:
     def on_step(self, trainer: Trainer) -> None:
         """After every step, and once before the first step of a phase (trainer.step == 0)."""
 
+    def on_save(self, trainer: Trainer) -> None:
+        """Before a checkpoint of the present step is written: flush what it must not be ahead of, keep what resuming from it needs."""
+
     def on_close(self, trainer: Trainer) -> None:
         """When the loop ends, for whatever reason; must not communicate."""
 

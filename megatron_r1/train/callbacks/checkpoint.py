@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from megatron_r1.artifacts.checkpoint import checkpoint_folder, checkpoint_folders
 from megatron_r1.train.callbacks.base import Callback
-from megatron_r1.train.callbacks.journal import sync
 from megatron_r1.train.config import CheckpointsConfig
 
 if TYPE_CHECKING:
@@ -40,8 +39,8 @@ class Checkpoints(Callback):
         """Write the checkpoint of the current step, unless that has just been done. Collective over all ranks."""
         if self.newest == trainer.step:
             return
-        if trainer.ctx.is_main:
-            sync(trainer.folder)
+        for callback in trainer.callbacks:
+            callback.on_save(trainer)
         trainer.save(checkpoint_folder(trainer.folder, trainer.step))
         self.newest = trainer.step
         if trainer.ctx.is_main:

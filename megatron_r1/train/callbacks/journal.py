@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1.artifacts.checkpoint import LEDGER_FILE, METRICS_FILE, truncate_journal
@@ -37,6 +36,13 @@ class Journal(Callback):
         if trainer.record:
             io.append_jsonl(trainer.folder / METRICS_FILE, json_record(trainer.record))
 
+    def on_save(self, trainer: Trainer) -> None:
+        """Flush both journals to the disk."""
+        for path in (trainer.folder / name for name in (METRICS_FILE, LEDGER_FILE)):
+            if trainer.ctx.is_main and path.exists():
+                with open(path, "rb") as stream:
+                    os.fsync(stream.fileno())
+
 
 def json_record(record: dict[str, Any]) -> dict[str, Any]:
     """The record with non-finite numbers as null: JSON has none, and a reader should not stumble over a skipped step."""
@@ -46,11 +52,3 @@ def json_record(record: dict[str, Any]) -> dict[str, Any]:
         return None if isinstance(value, float) and value - value != 0.0 else value
 
     return clean(record)
-
-
-def sync(folder: Path) -> None:
-    """Flush both journals to disk (before a checkpoint that they must not lag behind is committed)."""
-    for name in (METRICS_FILE, LEDGER_FILE):
-        if (folder / name).exists():
-            with open(folder / name, "rb") as stream:
-                os.fsync(stream.fileno())
