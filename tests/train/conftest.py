@@ -18,6 +18,14 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def probe(shards, tmp_path_factory):
+    """Probe sets `code` and `math` of the toy shards."""
+    from train_toys import make_probe
+
+    return make_probe(tmp_path_factory.mktemp("probe"), shards)
+
+
+@pytest.fixture(scope="session")
 def straight(shards, tmp_path_factory):
     """The run every interrupted one must equal."""
     from train_toys import resumable, train

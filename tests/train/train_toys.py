@@ -12,6 +12,8 @@ from megatron_r1.artifacts.mixture import MIXTURE_FILE, Mixture
 from megatron_r1.data.bpe import train_bpe
 from megatron_r1.data.chat import render
 from megatron_r1.data.shards import SOURCES_FILE, ShardWriter, SourceRecord
+from megatron_r1.probe.config import ProbeConfig
+from megatron_r1.probe.run import run as run_probe
 from megatron_r1.train.config import TrainConfig
 from megatron_r1.train.run import run
 from megatron_r1.utils.io import atomic_write_json, sha256_file
@@ -61,6 +63,20 @@ def make_mixture(folder: Path, weights: dict[str, float], name: str = "mix") -> 
     even = {source: 1 / len(weights) for source in weights}
     atomic_write_json(work.path / MIXTURE_FILE, Mixture(method="explicit", weights=weights, natural=even, uniform=even, floor=0.0).plain())
     return work.complete({})
+
+
+def make_probe(folder: Path, shards: Artifact) -> Artifact:
+    """Probe sets of two capabilities."""
+    config = ProbeConfig.model_validate({
+        "inputs": {"shards": "corpus"}, "documents": 6, "tokens_per_document": 24, "seed": 1,
+        "capabilities": {"code": {"sources": {"beta": 1}}, "math": {"sources": {"gamma": 1}}},
+        "rules": {"min_tokens": 8, "near_duplicate": 1.0, "max_overlap": 1.0},
+    })  # fmt: skip
+    return run_probe(config, {"shards": shards}, open_workspace(folder, "probe", "probe", config, {"shards": shards}))
+
+
+SCORED: dict[str, Any] = {"inputs": {"shards": "corpus", "probe": "probe"}, "scores": {"every": "3 steps", "rank": 4}}
+"""What `resumable` and `settings` take to score documents; with checkpoints every second step directions outlive one."""
 
 
 def settings(**changes: Any) -> TrainConfig:
