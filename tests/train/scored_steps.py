@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("distributed", "influence")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "influence"))
 
 from ghost_worker import _direction, _gain
 from scenarios import MODEL

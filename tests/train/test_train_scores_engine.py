@@ -108,7 +108,8 @@ def test_factors() -> None:
     assert lost <= 1e-5 * float(torch.linalg.vector_norm(exact))
     for rank in (40, 10**6):
         left, right, lost = factor(noisy, rank)
-        assert lost == 0.0 and torch.equal(left @ right.t(), noisy)
+        assert lost == 0.0
+        assert torch.equal(left @ right.t(), noisy)
     assert factor(torch.zeros(20, 30), 4)[2] == 0.0
     before = torch.get_rng_state()
     factor(noisy, 3)
