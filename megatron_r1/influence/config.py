@@ -213,7 +213,7 @@ class InfluenceConfig(StageConfig):
     )
     layout: LayoutConfig = Field(
         default=LayoutConfig(),
-        description="tensor, sequence and pipeline parallelism of one model copy; copies share the partitions. Any layout loads any "
+        description="tensor, sequence, pipeline and context parallelism of one model copy; copies share the partitions. Any layout loads any "
         "checkpoint and gives the same scores. Cut models: preconditioner none or adam, parameters: all",
     )
 
@@ -242,14 +242,12 @@ class InfluenceConfig(StageConfig):
                 "precision bf16: differences of bf16 weights are rounding; set engine: ghost, fd_check_documents: 0 and "
                 "validity: {batches: 0}, or use fp32"
             )
-        if self.layout.context > 1:
-            raise ValueError(f"layout: scores under context parallelism (context: {self.layout.context}) are not built; use tensor or pipeline")
         if self.layout.distributed_optimizer or self.layout.overlap:
             raise ValueError("layout: distributed_optimizer and overlap are for training; scoring has no optimizer")
         if self.layout.model_parallel() > 1 and (self.parameters != "all" or self.preconditioner not in ("none", "adam")):
             raise ValueError(
                 f"layout: preconditioner {self.preconditioner} with parameters {self.parameters} is built for a model that is whole in "
-                "every process; use none or adam with parameters: all, or tensor: 1 and pipeline: 1"
+                "every process; use none or adam with parameters: all, or tensor, pipeline and context: 1"
             )
         return self
 

@@ -34,6 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_r1.influence.rows import Batch, PackedBatch, Row, packed
 from megatron_r1.model.build import R1Model
+from megatron_r1.model.forward import positions_here
 from megatron_r1.model.tally import Tally, embedding_scores, norm_scores
 from megatron_r1.model.taps import Listener, Use, parameters_of
 from megatron_r1.ops.influence import grad_dot
@@ -41,6 +42,7 @@ from megatron_r1.ops.linear_loss import linear_loss_scores
 from megatron_r1.ops.row_losses import CrossEntropyRows
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.parallel.schedule import forward_backward
+from megatron_r1.parallel.sequence import context_piece
 from megatron_r1.utils.errors import CheckpointError, DataError
 
 
@@ -49,6 +51,7 @@ class _Micro:
     """A batch on its way, and what was heard of it."""
 
     tensors: Batch
+    cu_seqlens: Tensor  # of the whole rows
     tally: Tally
 
 
@@ -75,8 +78,7 @@ class Ghost:
     def pack(self, rows: Sequence[Row], batch_tokens: int) -> list[PackedBatch]:
         """Rows packed as this layout needs them: cut sequences in equal pieces, a pipeline's batches of one length."""
         layout = self.ctx.layout
-        pieces = layout.tensor if layout.sequence_parallel else 1
-        return packed(rows, batch_tokens, self.ctx.device, multiple=pieces, even=layout.pipeline > 1)
+        return packed(rows, batch_tokens, self.ctx.device, multiple=layout.sequence_multiple, even=layout.pipeline > 1)
 
     @torch.enable_grad()
     def scores(
@@ -112,7 +114,10 @@ class Ghost:
         return found
 
     def _micro(self, tensors: Batch, cu_seqlens: Tensor, directions: int) -> _Micro:
-        return _Micro(tensors, Tally(cu_seqlens, directions, tensors["tokens"].device))
+        piece = context_piece()
+        # Of every row the tokens that are here: they stand together, in order.
+        here = cu_seqlens if piece is None else torch.searchsorted(piece.places(int(cu_seqlens[-1])), cu_seqlens)
+        return _Micro(tensors, cu_seqlens, Tally(here, directions, tensors["tokens"].device))
 
     def _run(self, micros: list[_Micro], advance: Callable[[int], None]) -> None:
         first = self.chunks[0]
@@ -137,12 +142,12 @@ class Ghost:
     def _blank(self, like: _Micro) -> _Micro:
         tensors = {name: tensor.clone() for name, tensor in like.tensors.items()}
         tensors["loss_mask"].zero_()
-        return self._micro(tensors, like.tally.cu_seqlens, like.tally.directions)
+        return self._micro(tensors, like.cu_seqlens, like.tally.directions)
 
     def _head(self, chunk: R1Model, states: Tensor, micro: _Micro) -> Tensor:
         """Sum of the losses; its backward is what adds the head's scores."""
         name = next(tap.name for tap in self._listener.taps if tap.kind == "head")
-        rows = CrossEntropyRows(micro.tensors["labels"].flatten(), chunk.vocabulary)
+        rows = CrossEntropyRows(positions_here(micro.tensors["labels"]).flatten(), chunk.vocabulary)
         hidden = chunk.to_head(states).flatten(0, 1)
         return chunk.with_head_weight(
             lambda weight: _ScoredLoss.apply(hidden, weight, rows, self._lines[name].parts, micro, self.ctx.tensor_rank == 0)
@@ -187,7 +192,7 @@ class _ScoredLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, rows: CrossEntropyRows, lines: Tensor, micro: _Micro, counts: bool) -> Tensor:
-        mask = micro.tensors["loss_mask"].flatten()
+        mask = positions_here(micro.tensors["loss_mask"]).flatten()
         losses, scores, d_hidden, _ = linear_loss_scores(hidden, weight, rows, lines, micro.tally.cu_seqlens, mask, weight_gradient=False)
         ctx.save_for_backward(scores, d_hidden)
         ctx.micro, ctx.counts = micro, counts

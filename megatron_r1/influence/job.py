@@ -117,7 +117,7 @@ class Job:
 
     def keep_gradient(self, step: int, capability: str, gradient: Mapping[str, Tensor], ctx: ParallelContext) -> None:
         """Put this process' part of a probe gradient into the artifact, if they are to be kept."""
-        if self.gradients is None or ctx.data_rank:
+        if self.gradients is None or ctx.data_rank or ctx.context_rank:
             return
         parts = {name: part.detach().cpu().contiguous() for name, part in gradient.items()}
         piece = f".stage{ctx.pipeline_rank}.tensor{ctx.tensor_rank}" if ctx.layout.model_parallel() > 1 else ""

@@ -100,7 +100,7 @@ class Sharded(Space):
 
         reports = self._run(step, batch, forward_only=True)
         found = reports[0]["losses"].contiguous() if reports else torch.empty(batch["tokens"].shape, device=self.ctx.device)
-        return self.ctx.from_last_stage(found)[:, :length]
+        return self.ctx.all_reduce_sum(self.ctx.from_last_stage(found), over="context")[:, :length]
 
     def differentiate(
         self, losses: TokenLosses, parameters: Mapping[str, Tensor], batch: Batch, weights: Sequence[float]
@@ -119,7 +119,7 @@ class Sharded(Space):
         for parameter in self.parameters.values():
             parameter.grad = None
         value = torch.stack([report["loss_sum"] for report in reports]).sum() if reports else torch.zeros((), device=self.ctx.device)
-        return found, float(self.ctx.from_last_stage(value))
+        return found, float(self.ctx.all_reduce_sum(self.ctx.from_last_stage(value), over="context"))
 
     def _run(self, step: Any, batch: Batch, forward_only: bool) -> list[dict[str, Tensor]]:
         """One batch through the pipeline. The interleaved schedule wants as many as there are stages: copies in which nothing counts."""
@@ -131,8 +131,7 @@ class Sharded(Space):
     def _padded(self, batch: Batch) -> tuple[Batch, int]:
         """Masked tokens at the end, so that sequences can be cut in equal pieces; and the length before."""
         length = batch["tokens"].shape[1]
-        layout = self.ctx.layout
-        missing = -length % layout.tensor if layout.sequence_parallel else 0
+        missing = -length % self.ctx.layout.sequence_multiple
         return {name: F.pad(tensor, (0, missing)) for name, tensor in batch.items()} if missing else batch, length
 
 

@@ -25,6 +25,7 @@ from megatron_r1.parallel.mcore import (
     quietly,
     tensor_parallel,
 )
+from megatron_r1.parallel.sequence import context_piece
 from megatron_r1.parallel.vocab import VocabShard, vocab_shard
 from megatron_r1.utils.seeding import derive_seed
 
@@ -62,11 +63,14 @@ class R1Model(GPTModel):
         segment_ids: Tensor | None = None,
         head: Callable[[R1Model, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Run this chunk. input_ids, segment_ids: [b, s].
+        """Run this chunk. input_ids, segment_ids: [b, s], under context parallelism of whole sequences; from there on s counts the
+        tokens of this process's piece.
 
         Not on the last stage: activations [s, b, d]. On the last stage: what `head` makes of the states after the final norm
         ([s, b, d], cut along s under sequence parallelism), or those states without one.
         """
+        if self.pre_process and (piece := context_piece()) is not None:
+            input_ids = piece.cut(input_ids.t()).t().contiguous()
         hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
         hidden = self.decoder(hidden_states=hidden, attention_mask=segment_ids)
         return head(self, hidden) if self.post_process and head is not None else hidden
@@ -157,6 +161,7 @@ def transformer_config(config: ModelConfig, ctx: ParallelContext, precision: Pre
             params_dtype=dtype,
             pipeline_dtype=dtype,
             tensor_model_parallel_size=layout.tensor,
+            context_parallel_size=layout.context,
             pipeline_model_parallel_size=layout.pipeline,
             virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
             sequence_parallel=layout.sequence_parallel,

@@ -18,6 +18,7 @@ from megatron_r1.ops.row_losses import CrossEntropyRows, DistillRows, MixedRows,
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.parallel.ddp import unwrap
 from megatron_r1.parallel.schedule import forward_backward
+from megatron_r1.parallel.sequence import context_piece
 from megatron_r1.utils.errors import DataError, ParallelError
 
 Model = nn.Module | Sequence[nn.Module]
@@ -29,8 +30,9 @@ def token_losses(model: Model, batch: Batch, scores: HeadScores | None = None) -
 
     `batch`: `tokens`, `labels` [b, s]; optionally `segment_ids` [b, s] (attention stays inside equal ids) and `loss_mask`
     [b, s]. The mask is not applied: it tells which sum of the losses will be differentiated, and saves time when that is so
-    (without one: the plain sum or mean). `scores`: see `ops.linear_loss`. On a pipeline stage that is not the last: the stage's activations [s, b, d], which
-    the schedule passes on.
+    (without one: the plain sum or mean). `scores`: see `ops.linear_loss`. Under context parallelism the batch holds whole sequences and the losses of other
+    processes' positions are 0 here: sums over them are this process's part. On a pipeline stage that is not the last: the stage's
+    activations [s, b, d], which the schedule passes on.
     """
     return _losses(model, batch, lambda chunk, labels: CrossEntropyRows(labels, chunk.vocabulary), scores)
 
@@ -42,6 +44,7 @@ def distill_losses(model: Model, teacher: Model, batch: Batch, temperature: floa
     built under the same layout, without a pipeline (ParallelError): there, take `pipelined_logits` of the teacher first and
     `loss.distill_kl` on the student's `sharded_logits`. Raises DataError when the vocabularies differ.
     """
+    _uncut("distillation")
     teaching = _unpipelined(teacher)
     if unwrap(teaching).vocab_size != unwrap(_chunk(model)).vocab_size:
         raise DataError(
@@ -65,6 +68,8 @@ def distill_topk_losses(
 ) -> Tensor:
     """`loss.distill_topk_kl` from stored teacher entries [b, s, k], mixed with cross-entropy: fp32 [b, s]. As `token_losses`."""
 
+    _uncut("distillation")
+
     def rows(chunk: R1Model, labels: Tensor) -> RowLoss:
         # Positions run over s first, then b.
         soft = topk_rows(indices.transpose(0, 1), teacher_logprobs.transpose(0, 1), temperature, chunk.vocabulary, chunk.vocab_size)
@@ -74,7 +79,10 @@ def distill_topk_losses(
 
 
 def sharded_logits(model: Model, batch: Batch) -> Tensor:
-    """Logits of this rank's piece of the vocabulary [b, s, V/p]; on a stage that is not the last its activations [s, b, d]."""
+    """Logits of this rank's piece of the vocabulary [b, s, V/p]; on a stage that is not the last its activations [s, b, d].
+
+    Raises ParallelError under context parallelism."""
+    _uncut("logits")
     return _chunk(model)(batch["tokens"], batch.get("segment_ids"), _logits_head)
 
 
@@ -95,12 +103,14 @@ def pipelined_logits(ctx: ParallelContext, chunks: Sequence[nn.Module], batches:
 
 def logits(model: Model, tokens: Tensor, segment_ids: Tensor | None = None) -> Tensor:
     """Logits over the whole vocabulary [b, s, V]. The model must not be pipelined (ParallelError)."""
+    _uncut("logits")
     chunk = _unpipelined(model)
     return unwrap(chunk).vocabulary.gather(chunk(tokens, segment_ids, _logits_head))
 
 
 def hidden(model: Model, tokens: Tensor, segment_ids: Tensor | None = None) -> Tensor:
     """States after the final norm [b, s, d]. The model must not be pipelined (ParallelError)."""
+    _uncut("hidden states")
     chunk = _unpipelined(model)
     return chunk(tokens, segment_ids, lambda bare, states: bare.whole_sequence(states).transpose(0, 1))
 
@@ -109,14 +119,26 @@ def _losses(model: Model, batch: Batch, rows: Callable[[R1Model, Tensor], RowLos
     """Run `model` with a chunked head of the row loss `rows(chunk, labels [s*b])`."""
 
     def head(chunk: R1Model, states: Tensor) -> Tensor:
-        mask = batch.get("loss_mask")
-        expected = mask.transpose(0, 1).flatten() if mask is not None else None
-        labels = batch["labels"].transpose(0, 1).flatten()
-        made = rows(chunk, labels)
-        losses = chunk.with_head_weight(lambda weight: linear_loss(_flat(chunk.to_head(states)), weight, made, expected, scores))
-        return losses.view(batch["labels"].shape[::-1]).transpose(0, 1)
+        mask, piece = batch.get("loss_mask"), context_piece()
+        expected = positions_here(mask).flatten() if mask is not None else None
+        labels = positions_here(batch["labels"])
+        made = rows(chunk, labels.flatten())
+        losses = chunk.with_head_weight(lambda weight: linear_loss(_flat(chunk.to_head(states)), weight, made, expected, scores)).view(labels.shape)
+        return (losses if piece is None else piece.spread(losses)).transpose(0, 1)
 
     return _chunk(model)(batch["tokens"], batch.get("segment_ids"), head)
+
+
+def positions_here(whole: Tensor) -> Tensor:
+    """[b, S] of whole sequences -> [s, b] at this process's positions: all of them, but for context parallelism."""
+    piece = context_piece()
+    return whole.transpose(0, 1) if piece is None else piece.cut(whole.transpose(0, 1))
+
+
+def _uncut(what: str) -> None:
+    """Raises ParallelError where sequences are cut."""
+    if context_piece() is not None:
+        raise ParallelError(expected=f"whole sequences for {what}", found="context parallelism", fix="set layout.context to 1")
 
 
 def _logits_head(chunk: R1Model, states: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from megatron_r1.parallel.mcore import (
     get_bias_dropout_add,
     get_num_layers_to_build,
 )
+from megatron_r1.parallel.sequence import context_piece
 
 
 class RMSNorm(nn.Module):
@@ -51,7 +52,7 @@ class RMSNorm(nn.Module):
 class FusedSelfAttention(SelfAttention):
     """QKV projection, then one operation from packed qkv to attention output, then the output projection.
 
-    What megatron-core calls `attention_mask` carries the document numbers here ([b, s], or None for plain causal).
+    What megatron-core calls `attention_mask` carries the document numbers here ([b, S] of whole sequences, or None for plain causal).
     """
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
@@ -65,6 +66,7 @@ class FusedSelfAttention(SelfAttention):
             rope_theta=self.config.r1_rope_theta,
             eps=self.config.layernorm_epsilon,
             segment_ids=attention_mask,
+            context=context_piece(),
         )
         return self.linear_proj(attended)
 

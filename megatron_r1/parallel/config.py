@@ -49,14 +49,13 @@ class LayoutConfig(Frozen):
             )
         return world_size // self.model_parallel()
 
+    @property
+    def sequence_multiple(self) -> int:
+        """Sequences are cut into pieces of equal length: two for each context-parallel process, each cut again under sequence parallelism."""
+        return (2 * self.context if self.context > 1 else 1) * (self.tensor if self.sequence_parallel else 1)
+
     def check(self) -> None:
         """Refuse combinations that cannot work. Raises ParallelError."""
-        if self.context > 1:
-            raise ParallelError(
-                expected="context: 1",
-                found=f"context: {self.context}",
-                fix="context parallelism is not implemented in this version; use tensor, pipeline or data parallelism",
-            )
         if self.sequence_parallel and self.tensor == 1:
             raise ParallelError(
                 expected="tensor >= 2 with sequence_parallel (it cuts sequences inside a tensor-parallel group)",
@@ -89,6 +88,8 @@ class LayoutConfig(Frozen):
         ]
         if self.sequence_parallel and seq_length is not None:
             cuts.append(("seq_length", seq_length, "tensor (sequence_parallel)", self.tensor))
+        if self.context > 1 and seq_length is not None:
+            cuts.append(("seq_length", seq_length, "2 x context", 2 * self.context))
         for name, size, degree_name, degree in cuts:
             if size % degree:
                 raise ParallelError(

@@ -16,7 +16,7 @@ from megatron_r1.parallel.config import LayoutConfig
 from megatron_r1.parallel.mcore import parallel_state
 from megatron_r1.utils.errors import ParallelError
 
-Scope = Literal["data", "world", "model", "tensor", "pipeline"]
+Scope = Literal["data", "world", "model", "tensor", "pipeline", "context"]
 
 _TIMEOUT = timedelta(minutes=10)
 _current: ParallelContext | None = None
@@ -26,7 +26,7 @@ _current: ParallelContext | None = None
 class ParallelContext:
     """Where this process stands in the layout.
 
-    `data_rank` of `data_size` model copies; inside a copy, `tensor_rank` and `pipeline_rank`.
+    `data_rank` of `data_size` model copies; inside a copy, `tensor_rank`, `pipeline_rank` and `context_rank`.
     """
 
     layout: LayoutConfig
@@ -36,6 +36,7 @@ class ParallelContext:
     data_size: int
     tensor_rank: int
     pipeline_rank: int
+    context_rank: int
     device: torch.device
 
     @property
@@ -61,7 +62,7 @@ class ParallelContext:
     @property
     def leads_copy(self) -> bool:
         """Whether this is the first process of its model copy, the one that writes what the copy made."""
-        return self.tensor_rank == 0 and self.pipeline_rank == 0
+        return self.tensor_rank == 0 and self.pipeline_rank == 0 and self.context_rank == 0
 
     @property
     def is_main(self) -> bool:
@@ -69,21 +70,22 @@ class ParallelContext:
         return self.rank == 0
 
     def group(self, over: Scope) -> dist.ProcessGroup:
-        """The group of processes that differ from this one only in the given degree; `model` = one whole model copy."""
+        """The group of processes that differ from this one only in the given degree; `model`: in tensor and pipeline degree."""
         return {
             "world": lambda: dist.group.WORLD,
             "data": parallel_state.get_data_parallel_group,
             "model": parallel_state.get_model_parallel_group,
             "tensor": parallel_state.get_tensor_model_parallel_group,
             "pipeline": parallel_state.get_pipeline_model_parallel_group,
+            "context": parallel_state.get_context_parallel_group,
         }[over]()
 
     def all_reduce_sum(self, tensor: torch.Tensor, over: Scope = "data") -> torch.Tensor:
-        """Sum of `tensor` over the group, on every rank; in place. Not differentiable."""
+        """Sum of `tensor` over the group (`model`: a whole model copy), on every rank; in place. Not differentiable."""
         return self._all_reduce(tensor, dist.ReduceOp.SUM, over)
 
     def all_reduce_max(self, tensor: torch.Tensor, over: Scope = "data") -> torch.Tensor:
-        """Maximum of `tensor` over the group, on every rank; in place. Not differentiable."""
+        """Maximum of `tensor` over the group (`model`: a whole model copy), on every rank; in place. Not differentiable."""
         return self._all_reduce(tensor, dist.ReduceOp.MAX, over)
 
     def broadcast_object(self, obj: Any, source: int = 0) -> Any:
@@ -114,9 +116,10 @@ class ParallelContext:
             dist.barrier()
 
     def _all_reduce(self, tensor: torch.Tensor, op: Any, over: Scope) -> torch.Tensor:
-        group = self.group(over)
-        if dist.get_world_size(group) > 1:
-            dist.all_reduce(tensor, op=op, group=group)
+        for part in (over, "context") if over == "model" and self.layout.context > 1 else (over,):
+            group = self.group(part)
+            if dist.get_world_size(group) > 1:
+                dist.all_reduce(tensor, op=op, group=group)
         return tensor
 
 
@@ -190,5 +193,6 @@ def _build(layout: LayoutConfig, target: torch.device) -> ParallelContext:
         data_size=data_size,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
         device=target,
     )

@@ -64,8 +64,11 @@ def unwrap(chunk: nn.Module) -> nn.Module:
 def owned(chunks: Sequence[nn.Module], ctx: ParallelContext) -> set[int]:
     """id() of the parameters that count as this process', so that every number of a model copy's weights counts exactly once.
 
-    Gains that every tensor-parallel process holds count on the first; the last stage's copy of a tied embedding does not.
+    Gains that every tensor-parallel process holds count on the first, and so does everything that context-parallel processes hold; the
+    last stage's copy of a tied embedding does not.
     """
+    if ctx.context_rank:
+        return set()
     copies = {id(tied) for tied in _tied(chunks, ctx) if not ctx.is_first_stage}
     return {
         id(p)
@@ -79,7 +82,8 @@ def complete_gradients(chunks: Sequence[nn.Module], ctx: ParallelContext) -> Non
     """Add up the parts of `.grad` that one model copy's processes have of the same numbers; in place, collective.
 
     For chunks that are not wrapped (megatron-core's `finalize_model_grads` does it for those that are): gains under sequence
-    parallelism, where each process saw its own tokens, and a tied embedding on the first and last stage of a pipeline.
+    parallelism, where each process saw its own tokens, everything where sequences are cut, and a tied embedding on the first and last
+    stage of a pipeline.
     """
     _complete(chunks, {id(p): p.grad for chunk in chunks for p in chunk.parameters() if p.grad is not None}, ctx)
 
@@ -90,6 +94,9 @@ def _complete(chunks: Sequence[nn.Module], gradients: Mapping[int, torch.Tensor]
         for p in chunk.parameters():
             if id(p) in gradients and getattr(p, "sequence_parallel", False):
                 ctx.all_reduce_sum(gradients[id(p)], over="tensor")
+    if ctx.layout.context > 1:
+        for gradient in gradients.values():
+            ctx.all_reduce_sum(gradient, over="context")
     for p in _tied(chunks, ctx):
         if ctx.is_first_stage or ctx.is_last_stage:
             dist.all_reduce(gradients[id(p)], group=parallel_state.get_embedding_group())

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_r1.parallel.mcore import parallel_state
 from megatron_r1.utils.errors import ParallelError
 
 
@@ -52,6 +53,15 @@ class SequencePiece:
         chunks = self._chunks(x)
         return torch.cat([chunks[self.rank], chunks[2 * self.size - 1 - self.rank]])
 
+    def places(self, length: int, device: torch.device | None = None) -> Tensor:
+        """Where this process's tokens stand in a whole sequence of `length` tokens: int64 [s], rising."""
+        return self.cut(torch.arange(length, device=device))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """This process's [s, ...] at its places in a whole sequence [S, ...] of zeros. Differentiable; summed over processes: `gather`."""
+        length = self.size * x.shape[0]
+        return x.new_zeros(length, *x.shape[1:]).index_copy(0, self.places(length, x.device), x)
+
     def _chunks(self, x: Tensor) -> Tensor:
         """[S, ...] -> [2p, S / 2p, ...]."""
         self._halves(x.shape[0], 2 * self.size, "tokens of the whole sequence")
@@ -64,6 +74,13 @@ class SequencePiece:
                 found=f"{tokens} tokens",
                 fix=f"pad the sequence to a multiple of {2 * self.size}",
             )
+
+
+def context_piece() -> SequencePiece | None:
+    """This process's piece of sequences under the present layout; None where sequences are not cut."""
+    if not parallel_state.model_parallel_is_initialized() or parallel_state.get_context_parallel_world_size() == 1:
+        return None
+    return sequence_piece(parallel_state.get_context_parallel_group())
 
 
 def sequence_piece(group: dist.ProcessGroup | None = None) -> SequencePiece:

@@ -25,11 +25,18 @@ TWO: dict[str, dict[str, Any]] = {
     "pipeline, recompute": {"layout": {"pipeline": 2}, "options": {"recompute": True}},
     "interleaved pipeline": {"layout": INTERLEAVED},
     "interleaved pipeline, recompute": {"layout": INTERLEAVED, "options": {"recompute": True}},
+    "context": {"layout": {"context": 2}},
+    "context, untied, float64": {"layout": {"context": 2}, "options": {"tied": False, "double": True}},
+    "context, recompute": {"layout": {"context": 2}, "options": {"recompute": True}},
     "data": {"layout": {}},
 }
 FOUR: dict[str, dict[str, Any]] = {
     "sequence x pipeline, recompute": {"layout": SEQUENCE | {"pipeline": 2}, "options": {"recompute": True}},
     "sequence x data": {"layout": SEQUENCE},
+    "context x sequence": {"layout": SEQUENCE | {"context": 2}},
+    "context x interleaved pipeline, recompute": {"layout": INTERLEAVED | {"context": 2}, "options": {"recompute": True}},
+    "context x data": {"layout": {"context": 2}},
+    "context of four, float64": {"layout": {"context": 4}, "options": {"double": True}},
     "interleaved pipeline x data": {"layout": INTERLEAVED},
 }
 

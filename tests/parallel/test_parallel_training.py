@@ -98,7 +98,6 @@ def test_world_size_that_does_not_divide() -> None:
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
-        ({"context": 2}, "context parallelism is not implemented"),
         ({"sequence_parallel": True}, "tensor >= 2"),
         ({"virtual_pipeline": 2}, "pipeline >= 2"),
     ],
