@@ -20,13 +20,14 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from megatron_r1.influence.finite_difference import FiniteDifference
 from megatron_r1.influence.ghost import Ghost
@@ -35,16 +36,23 @@ from megatron_r1.influence.rows import Row, batches, packed
 from megatron_r1.model.build import R1Model, build_model
 from megatron_r1.model.config import ModelConfig
 from megatron_r1.model.forward import token_losses
+from megatron_r1.model.loss import masked_sum
+from megatron_r1.model.scores_in_training import ScoresInTraining
+from megatron_r1.ops.low_rank import Factors, factor, stack
 from megatron_r1.parallel.config import LayoutConfig
 from megatron_r1.parallel.context import ParallelContext, initialize
+from megatron_r1.parallel.ddp import wrap
+from megatron_r1.parallel.schedule import forward_backward
 from megatron_r1.utils import io, machine
 
 RESULTS = Path(__file__).parent / "results" / "influence_engines.jsonl"
 MODEL = ModelConfig(vocab_size=4096, hidden_size=256, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=32, ffn_size=688)
 DOCUMENTS, TOKENS, DIRECTIONS, WARM_UP = 8, 256, 4, 12
-GOALS = {"ghost, 1 direction": 1.10, "ghost, 4 directions": 1.60, "finite differences": 0.68}
+RANK = 16
+PLAIN, STEP = "forward and backward", "the same as a training step does it"
+IN_TRAINING = {"in training, rank 16, 1 direction": (RANK, 1), "in training, rank 16, 3 directions": (RANK, 3), "in training, whole, 1 direction": (None, 1)}
+GOALS = {"ghost, 1 direction": 1.10, "ghost, 4 directions": 1.60, "finite differences": 0.68, next(iter(IN_TRAINING)): 1.10}
 """At most these times a plain pass. Memory: 1.1 times."""
-PLAIN = "forward and backward"
 
 
 def documents(seed: int, count: int) -> list[Row]:
@@ -102,6 +110,43 @@ class World:
         """Two forwards."""
         return self.engine.scores(self.directions[0], [self.batch])[:, None]
 
+    def _trainer(self) -> list[nn.Module]:
+        """The model wrapped for training, made once."""
+        if not hasattr(self, "chunks"):
+            chunks = build_model(MODEL, self.ctx, seed=0)
+            chunks[0].load_state_dict(self.model.state_dict())
+            self.chunks = wrap(chunks, self.ctx.layout, self.ctx)
+        return self.chunks
+
+    def step(self, engine: ScoresInTraining | None = None) -> np.ndarray | None:
+        """Both passes through the schedule, gradients in megatron-core's buffer; with an engine also scores."""
+        chunks, mask = self._trainer(), self.batch.tensors["loss_mask"]
+        ends = torch.arange(DOCUMENTS + 1) * TOKENS
+
+        def step(stream: Iterator[Any], chunk: nn.Module) -> Any:
+            heard = engine.begin(0, next(stream)["tokens"], ends) if engine else None
+            return token_losses(chunk, self.batch.tensors, heard), lambda losses: (*masked_sum(losses, mask), {})
+
+        forward_backward(self.ctx, chunks, step, iter([self.batch.tensors]), 1, TOKENS, DOCUMENTS)
+        return engine.take()[0][1].numpy()[[self.batch.positions.index(i) for i in range(DOCUMENTS)]] if engine else None
+
+    def in_training(self, rank: int | None, count: int) -> Callable[[], np.ndarray | None]:
+        """A step that is listened to; factors are made here, as directions are for the others."""
+        engine = ScoresInTraining(self._trainer(), self.ctx, full=rank is None)
+
+        def line(name: str) -> torch.Tensor | Factors:
+            parts = [direction[name] for direction in self.directions[:count]]
+            return torch.stack(parts) if rank is None or parts[0].ndim == 1 else stack([factor(part, rank)[:2] for part in parts])
+
+        lines = {name: line(name) for name in self.parameters}
+
+        def run() -> np.ndarray | None:
+            engine.aim(lines, count)
+            with engine.attached():
+                return self.step(engine)
+
+        return run
+
     def one_by_one(self) -> np.ndarray:
         """A backward pass per document and a product with its gradient."""
         found = []
@@ -120,6 +165,8 @@ class World:
             "ghost, 4 directions": lambda: self.ghost(DIRECTIONS),
             "finite differences": self.differences,
             "autograd, document by document": self.one_by_one,
+            STEP: self.step,
+            **{name: self.in_training(*what) for name, what in IN_TRAINING.items()},
         }
 
     def exact(self) -> np.ndarray:
@@ -160,9 +207,9 @@ def time_all(rounds: int) -> list[dict[str, Any]]:
 def peak(name: str) -> float:
     """MB a contestant needs over the loaded model, in this process."""
     world = World(warm_up=False)
-    kept = {"ghost, 4 directions": DIRECTIONS, PLAIN: 0}.get(name, 1)
-    del world.directions[kept:]
+    kept = {"ghost, 4 directions": DIRECTIONS, PLAIN: 0, STEP: 0, "in training, rank 16, 3 directions": 3}.get(name, 1)
     run = world.contestants()[name]
+    del world.directions[kept:]
     if name != "finite differences":
         del world.engine
     before = _kilobytes("VmRSS")
