@@ -118,12 +118,24 @@ def hidden(model: Model, tokens: Tensor, segment_ids: Tensor | None = None) -> T
 def _losses(model: Model, batch: Batch, rows: Callable[[R1Model, Tensor], RowLoss], scores: HeadScores | None = None) -> Tensor:
     """Run `model` with a chunked head of the row loss `rows(chunk, labels [s*b])`."""
 
+    # Along whole directions every document has to be in one piece: row after row instead of position by position.
+    rowwise = scores is not None and isinstance(scores.lines, Tensor)
+
+    def flat(t: Tensor) -> Tensor:
+        return (t.t() if rowwise else t).flatten()
+
     def head(chunk: R1Model, states: Tensor) -> Tensor:
         mask, piece = batch.get("loss_mask"), context_piece()
-        expected = positions_here(mask).flatten() if mask is not None else None
         labels = positions_here(batch["labels"])
-        made = rows(chunk, labels.flatten())
-        losses = chunk.with_head_weight(lambda weight: linear_loss(_flat(chunk.to_head(states)), weight, made, expected, scores)).view(labels.shape)
+        made = rows(chunk, flat(labels))
+        hidden = chunk.to_head(states)
+        if rowwise and hidden.requires_grad:
+            # megatron-core's sum over tensor-parallel ranks returns a gradient with other strides as it came, not summed.
+            hidden.register_hook(Tensor.contiguous)
+        hidden = _flat(hidden.transpose(0, 1) if rowwise else hidden)
+        expected = None if mask is None else flat(positions_here(mask))
+        losses = chunk.with_head_weight(lambda weight: linear_loss(hidden, weight, made, expected, scores))
+        losses = losses.view(labels.shape[::-1]).t() if rowwise else losses.view(labels.shape)
         return (losses if piece is None else piece.spread(losses)).transpose(0, 1)
 
     return _chunk(model)(batch["tokens"], batch.get("segment_ids"), head)

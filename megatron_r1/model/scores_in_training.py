@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from megatron_r1.model.tally import Tally, embedding_scores, norm_scores
 from megatron_r1.model.taps import Listener, Use, parameters_of
 from megatron_r1.ops.influence import wgrad_dot
-from megatron_r1.ops.linear_loss import HeadScores, along_probes
+from megatron_r1.ops.linear_loss import HeadScores
 from megatron_r1.ops.low_rank import Factors
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.parallel.ddp import gradient_added
-from megatron_r1.utils.errors import CheckpointError
+from megatron_r1.utils.errors import CheckpointError, ParallelError
 
 Lines = dict[str, "Tensor | Factors"]
 """Parameter name -> K directions' parts [K, ...], or factors of them."""
@@ -41,7 +41,13 @@ class ScoresInTraining:
     """Listens to training steps. `aim` first; then, for every micro-batch, `begin` before its forward pass; `take` after the step."""
 
     def __init__(self, chunks: Sequence[nn.Module], ctx: ParallelContext, full: bool) -> None:
-        """`chunks`: wrapped for training. `full`: directions come whole, not as factors. Raises DataError as `taps.find_taps`."""
+        """`chunks`: wrapped for training. `full`: directions come whole, not as factors. Raises DataError as `taps.find_taps`,
+        ParallelError where sequences are cut over processes."""
+        if ctx.layout.context > 1:
+            raise ParallelError(
+                expected="whole sequences for scores in training", found=f"context: {ctx.layout.context}",
+                fix="set layout.context to 1, or score checkpoints with an influence step, which takes cut sequences",
+            )
         self.chunks, self.ctx, self.full = list(chunks), ctx, full
         self.parameters = parameters_of(chunks)
         self._listener = Listener(chunks, ctx, self._hear)
@@ -72,23 +78,25 @@ class ScoresInTraining:
         self._lines = {name: line.to(self.parameters[name]) for name, line in lines.items()}
         self._directions = directions
 
-    def begin(self, number: int, segment_ids: Tensor, cu_seqlens: Tensor) -> HeadScores:
+    def begin(self, number: int, segment_ids: Tensor, cu_seqlens: Tensor) -> HeadScores | None:
         """A micro-batch is about to go through a chunk. `number` tells it from others of the step; segment_ids [b, s], the very tensor
-        the chunk gets; cu_seqlens int64 [u + 1] on the host: first token of each unit in [b*s]. Returns what the loss is to tell."""
+        the chunk gets; cu_seqlens int64 [u + 1] on the host: first token of each unit in [b*s], then b*s. Returns what the loss is to
+        tell, where there is one."""
         if number not in self._tallies:
             self._tallies[number] = Tally(cu_seqlens, self._directions, segment_ids.device, len(segment_ids))
         tally = self._tallies[number]
         self._listener.begin(tally, segment_ids)
-        lines = None if self._head is None else self._lines[self._head]
-
-        def along(dz: Tensor, hidden: Tensor) -> Tensor:
-            assert lines is not None  # only the last stage has a head, and calls
-            return lines.scores(hidden, dz) if isinstance(lines, Factors) else along_probes(dz, hidden, lines)
+        if self._head is None:
+            return None
+        lines = self._lines[self._head]
 
         def hear(parts: Tensor) -> None:
-            tally.tokens += parts
+            if isinstance(lines, Factors):
+                tally.tokens += parts
+            else:
+                tally.units += parts
 
-        return HeadScores(along, self._directions, hear)
+        return HeadScores(lines, cu_seqlens, hear)
 
     def take(self) -> list[tuple[int, Tensor]]:
         """(number, scores fp64 [u, K]) of the micro-batches since the last call, by number. Collective over a model copy."""

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_r1.ops.influence import wgrad_dot
+from megatron_r1.ops.low_rank import Factors
 from megatron_r1.ops.row_losses import RowLoss
 from megatron_r1.ops.softmax_rows import wide_dtype
 from megatron_r1.utils.errors import DataError
@@ -53,9 +55,11 @@ def _losses(hidden: Tensor, weight: Tensor, rows: RowLoss) -> Tensor:
 
 
 class Scorer(Protocol):
-    """Hears the derivatives of every chunk."""
+    """Hears the derivatives of every chunk. `makes_gradient`: it also adds to the gradient of the weight."""
 
-    def add(self, dz: Tensor, hidden: Tensor, a: int, b: int) -> None:
+    makes_gradient: bool
+
+    def add(self, dz: Tensor, hidden: Tensor, a: int, b: int, d_weight: Tensor | None) -> None:
         """Positions a to b: dz [b - a, V/p], derivatives by the logits, and hidden [b - a, d]."""
         ...
 
@@ -70,44 +74,71 @@ def _losses_and_gradients(
     for a, b, z in _logits(hidden, weight):
         result[a:b] = rows(z, a, b, shares[a:b])
         torch.mm(z, weight, out=d_hidden[a:b])
-        if d_weight is not None and weight.dtype == wide:
-            d_weight.addmm_(z.t(), hidden[a:b])
-        elif d_weight is not None:
-            d_weight += torch.mm(z.t(), hidden[a:b])
         if scorer is not None:
-            scorer.add(z, hidden[a:b], a, b)
+            scorer.add(z, hidden[a:b], a, b, d_weight)
+        if d_weight is None or (scorer is not None and scorer.makes_gradient):
+            continue
+        if weight.dtype == wide:
+            d_weight.addmm_(z.t(), hidden[a:b])
+        else:
+            d_weight += torch.mm(z.t(), hidden[a:b])
     return result, d_hidden, d_weight
 
 
 @dataclass(frozen=True)
 class HeadScores:
-    """What to make of the head's derivatives beside its gradients, and whom to tell.
+    """How far the head's gradient points along K directions, beside the gradient itself, and whom to tell.
 
-    along: (dz [c, V/p], hidden [c, d]) -> [c, K], what each position adds to the scores along K directions. hear: gets [n, K] fp64 in
-    the backward pass, in units of the gradient that arrived there; with a vocabulary in pieces, this piece's part.
+    lines: whole directions [K, V/p, d], or factors of them. `hear` is called in the backward pass, in units of the gradient that arrived
+    there, with fp64 scores [n, K] of every position, or, along whole directions, [documents, K]: document i is positions cu_seqlens[i]
+    to cu_seqlens[i + 1] (int64 on the host), and its scores come with the weight's gradient out of one product (`ops.influence`).
+    With a vocabulary in pieces the scores are this piece's part.
     """
 
-    along: Callable[[Tensor, Tensor], Tensor]
-    directions: int
+    lines: Tensor | Factors
+    cu_seqlens: Tensor
     hear: Callable[[Tensor], None]
+
+    def scorer(self, hidden: Tensor) -> _Positions | _Documents:
+        """What adds them up."""
+        return _Positions(self.lines, hidden) if isinstance(self.lines, Factors) else _Documents(self.lines, self.cu_seqlens, hidden)
 
 
 class _Positions:
-    """Keeps what every position adds."""
+    """Along factors: what every position adds."""
 
-    def __init__(self, scores: HeadScores, hidden: Tensor) -> None:
-        self.along = scores.along
-        self.parts = hidden.new_zeros(hidden.shape[0], scores.directions, dtype=torch.float64)
+    makes_gradient = False
 
-    def add(self, dz: Tensor, hidden: Tensor, a: int, b: int) -> None:
+    def __init__(self, lines: Factors, hidden: Tensor) -> None:
+        self.lines = lines
+        self.parts = hidden.new_zeros(hidden.shape[0], lines.probes, dtype=torch.float64)
+
+    def add(self, dz: Tensor, hidden: Tensor, a: int, b: int, d_weight: Tensor | None) -> None:
         """See Scorer."""
-        self.parts[a:b] = self.along(dz, hidden)
+        self.parts[a:b] = self.lines.scores(hidden, dz)
+
+
+class _Documents:
+    """Along whole directions: sums over documents."""
+
+    makes_gradient = True
+
+    def __init__(self, lines: Tensor, cu_seqlens: Tensor, hidden: Tensor) -> None:
+        self.lines, self.ends = lines, cu_seqlens
+        self.parts = hidden.new_zeros(len(cu_seqlens) - 1, len(lines), dtype=torch.float64)
+
+    def add(self, dz: Tensor, hidden: Tensor, a: int, b: int, d_weight: Tensor | None) -> None:
+        """See Scorer. A document may go on in the next chunk."""
+        first, last = int(torch.searchsorted(self.ends, a, right=True)) - 1, int(torch.searchsorted(self.ends, b))
+        borders = self.ends[first : last + 1].clamp(a, b) - a
+        assert d_weight is not None
+        self.parts[first:last] += wgrad_dot(hidden, dz, self.lines, borders, d_weight)
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, rows: RowLoss, expected: Tensor, scores: HeadScores | None) -> Tensor:
-        scorer = None if scores is None else _Positions(scores, hidden)
+        scorer = None if scores is None else scores.scorer(hidden)
         losses, d_hidden, d_weight = _losses_and_gradients(hidden, weight, rows, expected, True, scorer)
         ctx.save_for_backward(hidden, weight, expected, d_hidden, d_weight)
         ctx.rows, ctx.scores, ctx.scorer = rows, scores, scorer
@@ -123,7 +154,7 @@ class _LinearLoss(torch.autograd.Function):
         largest = expected.abs().argmax()
         factor = grad[largest] / expected[largest]
         if not torch.equal(grad, expected * factor):  # also when nothing was expected: 0/0 equals nothing
-            scorer = None if scores is None else _Positions(scores, hidden)
+            scorer = None if scores is None else scores.scorer(hidden)
             _, d_hidden, d_weight = _losses_and_gradients(hidden, weight, ctx.rows, grad, True, scorer)
         elif factor != 1.0:
             d_hidden, d_weight = d_hidden * factor, d_weight * factor
@@ -140,7 +171,7 @@ def linear_loss(hidden: Tensor, weight: Tensor, rows: RowLoss, expected: Tensor 
     hidden [n, d], weight [V/p, d], any float type, any strides. `expected` [n]: the weights the losses are about to be summed
     with (a loss mask), up to one common factor; None means equal weights. A wrong guess costs time, not correctness.
     With a vocabulary in pieces the gradient of hidden is this piece's part of it. `scores`: told in the backward pass how far
-    positions' gradients of the weight point along given directions. Raises DataError on arguments that do not
+    the weight's gradient points along given directions. Raises DataError on arguments that do not
     fit each other and, on a CPU, on labels outside the vocabulary.
     """
     _check(hidden, weight, rows, expected)
@@ -182,6 +213,8 @@ def linear_loss_scores(
 class _Scorer:
     """Adds up the scores of `linear_loss_scores`, chunk by chunk."""
 
+    makes_gradient = False
+
     def __init__(self, hidden: Tensor, weight: Tensor, probes: Tensor, cu_seqlens: Tensor) -> None:
         if probes.dim() != 3 or probes.shape[1:] != weight.shape or probes.device != weight.device:
             raise DataError(
@@ -202,21 +235,17 @@ class _Scorer:
         self.parts = hidden.new_zeros(hidden.shape[0], probes.shape[0], dtype=torch.float64)
         self.wide = wide_dtype(weight.dtype)
 
-    def add(self, dz: Tensor, hidden: Tensor, a: int, b: int) -> None:
+    def add(self, dz: Tensor, hidden: Tensor, a: int, b: int, d_weight: Tensor | None) -> None:
         """Positions a to b, dz [c, V/p] and hidden [c, d]."""
-        self.parts[a:b] = along_probes(dz, hidden, self.probes)
+        dz = dz.to(self.probes.dtype)
+        for k, probe in enumerate(self.probes):
+            self.parts[a:b, k] = torch.linalg.vecdot(torch.mm(dz, probe).to(self.wide), hidden.to(self.wide))
 
     def scores(self) -> Tensor:
         """W [documents, K]; a document without positions has 0."""
         if self.lengths.numel() == 0:
             return self.parts[:0].to(self.wide)
         return torch.segment_reduce(self.parts, "sum", lengths=self.lengths, axis=0, initial=0.0).to(self.wide)
-
-
-def along_probes(dz: Tensor, hidden: Tensor, probes: Tensor) -> Tensor:
-    """What each position adds to the scores along probes [K, V/p, d] of the head's weight: dz [c, V/p], hidden [c, d] -> W [c, K]."""
-    wide, dz = wide_dtype(hidden.dtype), dz.to(probes.dtype)
-    return torch.stack([torch.linalg.vecdot(torch.mm(dz, probe).to(wide), hidden.to(wide)) for probe in probes], dim=1)
 
 
 def _shares(hidden: Tensor, weight: Tensor, expected: Tensor | None) -> Tensor:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_r1.ops import linear_loss as module
-from megatron_r1.ops.linear_loss import linear_loss, linear_loss_scores, logits_loss
+from megatron_r1.ops.linear_loss import HeadScores, linear_loss, linear_loss_scores, logits_loss
+from megatron_r1.ops.low_rank import Factors
 from megatron_r1.ops.row_losses import (
     CrossEntropyRows,
     DistillRows,
@@ -492,3 +493,30 @@ def test_scores_alone_keep_no_gradient_of_the_weight() -> None:
     torch.testing.assert_close(d_hidden, full[2])
     none = linear_loss_scores(x["hidden"][:0], x["weight"], CrossEntropyRows(x["labels"][:0], WholeVocabulary(V)), probes, torch.tensor([0]))
     assert none[1].shape == (0, 1)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("whole", [True, False])
+def test_scores_beside_a_differentiable_loss(whole: bool, documents: str) -> None:
+    """In units of the gradient that arrives, whatever was expected; gradients are what they are without scores."""
+    x, bounds = tensors(), torch.tensor(DOCUMENTS[documents])
+    draw = torch.Generator().manual_seed(9)
+    factors = Factors(torch.randn(V, 2 * 3, generator=draw), torch.randn(D, 2 * 3, generator=draw), 2)
+    probes = torch.stack([factors.left[:, k : k + 3] @ factors.right[:, k : k + 3].t() for k in (0, 3)])
+    rows = cases(x)["cross entropy"][0]
+    for shares in (x["mask"], x["mask"] / 4, torch.rand(N, generator=draw)):
+        heard: list[torch.Tensor] = []
+        found = []
+        for scores in (None, HeadScores(probes if whole else factors, bounds, heard.append)):
+            losses = linear_loss(x["hidden"], x["weight"], rows, x["mask"], scores)
+            found.append(torch.autograd.grad((losses * shares).sum(), (x["hidden"], x["weight"])))
+        truth = linear_loss_scores(x["hidden"], x["weight"], rows, probes, bounds, shares)[1].double()
+        (parts,) = heard
+        assert parts.shape == (len(bounds) - 1 if whole else N, 2)
+        sums = parts if whole else torch.segment_reduce(parts, "sum", lengths=bounds.diff(), axis=0, initial=0.0)
+        torch.testing.assert_close(sums, truth, atol=1e-4, rtol=1e-5)
+        for plain, beside in zip(*found):
+            torch.testing.assert_close(beside, plain, atol=1e-6 if whole else 0, rtol=1e-5 if whole else 0)
+    with torch.no_grad():
+        linear_loss(x["hidden"], x["weight"], rows, x["mask"], HeadScores(factors, bounds, lambda _: pytest.fail("nothing was differentiated")))
