@@ -7,7 +7,7 @@ model gains from shuffled tokens, because anything that flattens its predictions
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,15 +55,15 @@ def small_shards(folder: Path) -> Artifact:
     return build_shards(folder, sources)
 
 
-def small_probe(folder: Path, shards: Artifact) -> Artifact:
-    """A probe set for each of two languages."""
+def small_probe(folder: Path, shards: Artifact, sources: Sequence[str] = ("left", "right"), windows: int = 16) -> Artifact:
+    """A probe set for each of these sources, which are named after it."""
     config = ProbeConfig.model_validate(
         {
             "inputs": {"shards": "corpus"},
-            "documents": 16,
+            "documents": windows,
             "tokens_per_document": TOKENS,
             "seed": 1,
-            "capabilities": {"left": {"sources": {"left": 1}}, "right": {"sources": {"right": 1}}},
+            "capabilities": {source: {"sources": {source: 1}} for source in sources},
             # Documents of so small a language share many n-grams: only equal windows are duplicates here.
             "rules": {"min_tokens": 30, "near_duplicate": 1.0, "max_overlap": 1.0},
         }
@@ -73,23 +73,24 @@ def small_probe(folder: Path, shards: Artifact) -> Artifact:
 
 
 def small_checkpoint(
-    folder: Path, shards: Artifact, steps: int = 240, keep: tuple[int, ...] = (160, 240), rows: int = 16
-) -> Artifact:
-    """A nano model trained for `steps` steps on all sources but the shuffled one, checkpoints kept at `keep`."""
+    folder: Path, shards: Artifact, steps: int = 240, keep: tuple[int, ...] = (160, 240), rows: int = 16,
+    sources: Sequence[str] = ("left", "right", "twin_a", "twin_b"), seed: int = 0,
+) -> Artifact:  # fmt: skip
+    """A nano model trained for `steps` steps on these sources (all but the shuffled one), checkpoints kept at `keep`."""
     layout = LayoutConfig()
     ctx = initialize(layout, 0)
-    chunks = wrap(build_model(PRESETS["nano"], ctx, seed=3), layout, ctx)
+    chunks = wrap(build_model(PRESETS["nano"], ctx, seed=3 + seed), layout, ctx)
     optimizer = build_optimizer(
         chunks, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=1.0, layout=layout, precision="fp32"
     )
     opened = ShardSet.open(shards)
     pool = [
         np.array(opened.split(s).tokens(i))
-        for s in ("left", "right", "twin_a", "twin_b")
+        for s in sources
         for i in range(len(opened.split(s)))
     ]
-    draw = np.random.default_rng(0)
-    work = open_workspace(folder, "pretrain", "checkpoint", {"steps": steps}, {"shards": shards})
+    draw = np.random.default_rng(seed)
+    work = open_workspace(folder, "pretrain", "checkpoint", {"steps": steps, "seed": seed}, {"shards": shards})
 
     def forward_step(batches: Iterator[dict], chunk: torch.nn.Module):
         batch = next(batches)
