@@ -193,6 +193,7 @@ def _trained(artifact: Artifact, step: Step) -> Trained:
         start=step.parent("checkpoint"),
         teacher=step.parent("teacher"),
         reference=step.parent("reference"),
+        scores=checkpoints.manifest.scores,
     )
 
 

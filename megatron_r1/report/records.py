@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.artifacts.mixture import Decision, KeptDocuments, PerplexityRecord, Redundancy, Regression
+from megatron_r1.artifacts.training_scores import TrainingScores
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,7 @@ class Trained:
     start: str | None
     teacher: str | None
     reference: str | None = None
+    scores: TrainingScores | None = None
 
     @property
     def tokens_per_second(self) -> float | None:

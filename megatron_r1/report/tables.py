@@ -35,7 +35,7 @@ class Table:
 def tables(run: Run, verdicts: Sequence[Verdict]) -> list[Table]:
     """Every table that has at least one row."""
     found = [
-        _verdicts(verdicts), _corpora(run), _probes(run), _influence(run), _reliability(run), _validity(run), _mixtures(run), _decisions(run), _kept(run), _rounds(run), _round_sources(run), _histograms(run), _compared(run), _leave_one_out(run), _agreement(run), _probe_loss(run), _metrics(run),
+        _verdicts(verdicts), _corpora(run), _probes(run), _influence(run), _reliability(run), _validity(run), _mixtures(run), _decisions(run), _kept(run), _rounds(run), _round_sources(run), _histograms(run), _compared(run), _leave_one_out(run), _agreement(run), _probe_loss(run), _metrics(run), _training_scores(run),
         _evaluation(run), _artifacts(run),
     ]  # fmt: skip
     return [table for table in found if table.rows]
@@ -208,6 +208,17 @@ def _metrics(run: Run) -> Table:
     keys = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "rankme")
     rows = ((t.step, *(record.get(key) for key in keys)) for t in run.trained for record in t.metrics)
     return _table("training", "training_step " + " ".join(keys), rows)
+
+
+def _training_scores(run: Run) -> Table:
+    rows = (
+        (t.step, source, capability, found.mean, found.error, found.documents, found.tokens, t.scores.error[capability])
+        for t in run.trained
+        if t.scores is not None
+        for source, row in t.scores.sources.items()
+        for capability, found in row.items()
+    )
+    return _table("training_scores", "training_step source capability mean_per_token standard_error documents tokens largest_rank_error", rows)
 
 
 def _evaluation(run: Run) -> Table:

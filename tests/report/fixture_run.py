@@ -17,6 +17,7 @@ from megatron_r1.artifacts.checkpoint import CheckpointRecord, TrainManifest
 from megatron_r1.artifacts.influence import Cell, Direction, InfluenceRecord, Reliability, ScoredCheckpoint, column
 from megatron_r1.artifacts.mixture import Decision, KeptDocuments, Mixture, PaperStop, StatisticalStop, write_kept
 from megatron_r1.artifacts.probe import CapabilityProbe, ProbeDocument, ProbeSet, SieveRecord
+from megatron_r1.artifacts.training_scores import ScoresLayout, SourceScore, TrainingScores
 from megatron_r1.model.config import ModelConfig
 from megatron_r1.report.config import ReportConfig, ReportInputs
 from megatron_r1.report.run import run as report_stage
@@ -53,6 +54,15 @@ def reliable() -> list[Reliability]:
         Reliability(of=of, over=over, capability=c, halves=0.5, value=0.93 if over == "documents" else 0.667, have=48, needed=41 if over == "documents" else 216)
         for of, over, c in found
     ]  # fmt: skip
+
+
+def scores_made() -> TrainingScores:
+    """What a training found out about its documents."""
+    layout = ScoresLayout(capabilities=list(CAPABILITIES), sources=list(SOURCES), documents=dict.fromkeys(CAPABILITIES, 16), rank=16, preconditioner="adam", every=20)
+    cells = {
+        source: {c: SourceScore(mean=10.5 * (i - 2) + k, error=1.25, documents=120 + i, tokens=9000) for k, c in enumerate(CAPABILITIES)} for i, source in enumerate(SOURCES)
+    }
+    return TrainingScores(layout=layout, sources=cells, rows=1000, not_numbers=2, probes=3, error=dict(zip(CAPABILITIES, (0.216, 0.018, 0.1))))
 
 
 class FixtureRun:
@@ -179,7 +189,7 @@ class FixtureRun:
         manifest = TrainManifest(
             objective=objective, checkpoints=[CheckpointRecord(step=steps, tokens=tokens, path=f"checkpoints/step-{steps:08d}")], final=0, steps=steps, tokens=tokens,
             tokens_before=self.tokens.get(checkpoint or "", 0), seq_length=256, global_batch=batch, optimizer={"beta1": 0.9}, data_cursors={}, shards="f" * 64, tokenizer="ab" * 32, sources={},
-            skipped_steps=[], layout={}, precision="fp32", data_seed=1,
+            skipped_steps=[], layout={}, precision="fp32", data_seed=1, scores=scores_made() if name == "pretrain2" else None,
         )  # fmt: skip
         io.atomic_write_json(work.path / "model.json", shape.plain())
         io.atomic_write_json(work.path / "train.json", manifest.plain())

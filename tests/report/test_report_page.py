@@ -123,7 +123,7 @@ def test_figures_and_tables_are_written(report: Artifact) -> None:
     for name in ("influence_influence1", "influence_influence2", "mixture_mix1", "mixture_mix2", "rankme", "validity_influence1", "evaluation_answers", "evaluation_text", "evaluation_solutions", "loss_sft", "probe_pretrain2_code"):
         data = report.file(f"figures/{name}.png").read_bytes()
         assert data.startswith(b"\x89PNG")
-    for name in ("verdicts", "corpora", "probe_sieves", "influence", "validity", "mixtures", "probe_loss", "training", "evaluation", "artifacts"):
+    for name in ("verdicts", "corpora", "probe_sieves", "influence", "validity", "mixtures", "probe_loss", "training", "training_scores", "evaluation", "artifacts"):
         rows = list(csv.DictReader(report.file(f"tables/{name}.csv").read_text().splitlines()))
         assert rows, name
     assert "report.html" in files
@@ -135,6 +135,17 @@ def test_tables_hold_unrounded_values(report: Artifact, whole: FixtureRun) -> No
     found = {(r["source"], r["capability"]): float(r["mean"]) for r in rows if r["step"] == "influence1"}
     assert found["champ", "math"] == record["sources"]["champ"]["math"]["mean"]
     assert found["champ", "joint"] == record["joint"]["champ"]["mean"]
+
+
+def test_scores_made_while_training(report: Artifact, outline: Outline) -> None:
+    assert "Documents scored while training: pretrain2" in outline.text
+    assert "every 20 steps (rank 16, preconditioner adam)" in outline.text
+    assert "that the rank left out: code 21.6 %, knowledge 1.8 %, math 10.0 %." in outline.text.replace("\xa0", " ").replace("\u2009", " ")
+    assert "2 documents with a score that is not a number are left out" in outline.text
+    assert "-21± 1.2" in outline.text
+    rows = list(csv.DictReader(report.file("tables/training_scores.csv").read_text().splitlines()))
+    (row,) = (r for r in rows if (r["source"], r["capability"]) == ("codeio", "math"))
+    assert (row["training_step"], float(row["mean_per_token"]), row["documents"]) == ("pretrain2", -8.5, "121")
 
 
 def test_summary_of_the_manifest_is_the_headline(report: Artifact) -> None:
