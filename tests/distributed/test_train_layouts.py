@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 HERE = Path(__file__).resolve().parent
@@ -12,9 +13,10 @@ sys.path.insert(0, str(HERE.parent / "train"))
 sys.path.insert(0, str(HERE))
 
 from launch import launch  # noqa: E402
-from train_toys import make_shards, settings, train  # noqa: E402
+from train_toys import make_probe, make_shards, settings, train  # noqa: E402
 
 from megatron_r1.artifacts.checkpoint import CheckpointSet  # noqa: E402
+from megatron_r1.artifacts.training_scores import ScoresReader  # noqa: E402
 
 MODEL = {"preset": "nano", "num_kv_heads": 2}
 LAYOUTS = {
@@ -30,7 +32,10 @@ CHAT = {
 }
 DRO = {"model": MODEL, "objective": "group_dro", "inputs": {"shards": "corpus", "reference": "teacher"}, "budget": "4 steps", "log": {"every": "1 steps"}}
 DISTILL = {"model": MODEL, "objective": "distill", "inputs": {"shards": "corpus", "teacher": "teacher"}, "budget": "4 steps"}
+SCORES = {"model": MODEL, "budget": "5 steps", "inputs": {"shards": "corpus", "probe": "probe"}, "scores": {"every": "2 steps", "rank": None}, "optimizer": {"eps": 1e-4}}
+SCORED = {"scored-tp2-sp": {"tensor": 2, "sequence_parallel": True}, "scored-pp2": {"pipeline": 2}, "scored-dp2-overlap": LAYOUTS["dp2-overlap"]}
 CASES = {
+    **{name: (SCORES, layout) for name, layout in SCORED.items()},
     **{name: (TEXT, layout) for name, layout in LAYOUTS.items()},
     "sft-dp2": (CHAT, {}), "sft-pp2": (CHAT, {"pipeline": 2}),
     "distill-tp2": (DISTILL, {"tensor": 2}), "distill-cached-dp2": ({**DISTILL, "distill": {"cache_top_k": 32}}, {}),
@@ -46,25 +51,29 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     shards = make_shards(folder)
     teacher = train(folder, settings(model={**MODEL, "init_std": 0.2}, budget="1 steps"), "teacher", shards=shards)
+    probe = make_probe(folder, shards)
     cases = {
-        name: {"settings": {**base, "layout": layout}, "inputs": {ROLES[base["objective"]]: str(teacher.path)} if base.get("objective") in ROLES else {}}
+        name: {
+            "settings": {**base, "layout": layout},
+            "inputs": {ROLES[base["objective"]]: str(teacher.path)} if base.get("objective") in ROLES else {"probe": str(probe.path)} if "scores" in base else {},
+        }
         for name, (base, layout) in CASES.items()
     }
     ranks = launch(HERE / "train_layout_worker.py", 2, folder / "ranks", {"shards": str(shards.path), "cases": cases}, timeout=300)
-    return ranks, folder, shards, teacher
+    return ranks, folder, shards, teacher, probe
 
 
 @pytest.fixture(scope="module")
 def alone(runs):
     """Single-process results by settings."""
-    _, folder, shards, teacher = runs
+    _, folder, shards, teacher, probe = runs
     known = {}
 
     def result(base):
         key = repr(sorted(base.items(), key=str))
         if key not in known:
             name = f"alone{len(known)}"
-            inputs = {ROLES[base["objective"]]: teacher} if base.get("objective") in ROLES else {}
+            inputs = {ROLES[base["objective"]]: teacher} if base.get("objective") in ROLES else {"probe": probe} if "scores" in base else {}
             known[key] = CheckpointSet.open(train(folder, settings(**base), name, shards=shards, **inputs))
         return known[key]
 
@@ -90,3 +99,22 @@ def test_equals_one_process(runs, alone, name):
             assert mine["group_dro"][part] == pytest.approx(weights, abs=1e-5), part
         assert mine.get("rankme", 0.0) == pytest.approx(theirs.get("rankme", 0.0), rel=1e-4)
     assert any("grad_norm" in r for r in records)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SCORED))
+def test_scores_equal_one_process(runs, alone, name):
+    """The rows of all model copies together, and what is made of them."""
+    ranks, *_ = runs
+    mine, wanted = ScoresReader(Path(ranks[0][name]["path"])), ScoresReader(alone(SCORES).artifact.path)
+    found, exact = mine.rows(), wanted.rows()
+    assert len(found) > 10
+    for column in ("sample", "step", "probe_step", "source", "place", "tokens"):
+        assert found[column].tolist() == exact[column].tolist()
+    assert np.linalg.norm(found["scores"] - exact["scores"]) <= 1e-3 * np.linalg.norm(exact["scores"])
+    for record, other in zip(ranks[0][name]["metrics"], alone(SCORES).metrics(), strict=True):
+        assert record.get("scores", {}).keys() == other.get("scores", {}).keys()
+    assert [record["step"] for record in mine.probes()] == [record["step"] for record in wanted.probes()] == [2, 4]
+    for record, other in zip(mine.probes(), wanted.probes()):
+        for capability, note in other["capabilities"].items():
+            assert record["capabilities"][capability] == pytest.approx(note, rel=1e-3)
