@@ -77,6 +77,7 @@ class FisherDocuments:
             with torch.enable_grad(), self._listener.attached():
                 for leaf in self._leaves.values():
                     leaf.requires_grad_(True)
+                self._listener.begin(name, batch["tokens"])
                 loss = token_losses(self.model, batch).sum()
                 found = dict(zip(self._leaves, torch.autograd.grad(loss, list(self._leaves.values()))))
             # What is not a number in any layer reaches the embedding.
