@@ -349,3 +349,25 @@ if __name__ == "__main__":
         raise SystemExit(__doc__)
     target = ROOT / "docs" / "artifacts.md"
     target.write_text(with_tables(target.read_text("utf-8")), "utf-8")
+
+
+def test_the_evidence_is_the_stored_rows() -> None:
+    """Every mean loss and gain that docs/evidence.md and the README name comes from the newest row of its recipe."""
+    text = (ROOT / "docs" / "evidence.md").read_text("utf-8").replace("\N{MINUS SIGN}", "-")
+    rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "evidence.jsonl").read_text("utf-8").splitlines()]
+    newest = {row["recipe"]: row for row in rows}
+    assert len(newest) == 2
+    for row in newest.values():
+        assert row["command"] in text
+        for arm in row["compared"].values():
+            assert f"{arm['probe']['level']['mean']:.3f}" in text
+            for kind in arm.values():
+                if "gain" in kind:
+                    gain = kind["gain"]["mean"]
+                    assert f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" in text
+        for agreement in row["leave_one_out"].values():
+            joint = agreement["spearman"]["joint"]
+            assert f"{joint['value']:+.2f} [{joint['low']:+.2f}, " in text
+    readme = (ROOT / "README.md").read_text("utf-8")
+    gain = newest["benchmarks/recipes/evidence.yaml"]["compared"]["uniform"]["probe"]["gain"]["mean"]
+    assert f"uniform: {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" in readme
