@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from influence_engines import MODEL, TOKENS, documents, trained  # noqa: E402
-from peers.worker import body_linears, kilobytes, losses  # noqa: E402
+from peers.worker import body_linears, losses, measured  # noqa: E402
 
 from megatron_r1.influence.finite_difference import FiniteDifference  # noqa: E402
 from megatron_r1.influence.ghost import Ghost  # noqa: E402
@@ -117,16 +117,9 @@ def ours(engine: str, folder: Path) -> dict[str, Any]:
         return FiniteDifference(per_token, parameters, 3e-4).scores(direction, padded), seconds
 
     plain()
-    floors = [plain()]
-    before = kilobytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    began = time.process_time()
-    scores, probe_seconds = run()
-    total = time.process_time() - began
-    peak = (kilobytes("VmHWM") - before) / 1024
-    floors.append(plain())
+    scores, figures = measured(run, plain)
     np.save(folder / f"{engine}.npy", scores)
-    return {"version": "", "torch": torch.__version__, "floors": floors, "total": total, "probe": probe_seconds, "peak_mb": peak}
+    return {"version": "", **figures}
 
 
 def measure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import statistics
 import sys
 from datetime import date
 from pathlib import Path
+
+from evidence import interval
 
 from megatron_r1.artifacts.base import Artifact
 from megatron_r1.pipeline.recipe import load_recipe
@@ -25,7 +26,6 @@ from megatron_r1.utils import io, machine
 RESULTS = Path(__file__).parent / "results" / "influence_vs_uniform.jsonl"
 STEPS = {"influence": "pretrain2", "uniform": "pretrain2_uniform", "uniform_real": "pretrain2_real"}
 """What is compared -> train step."""
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # two-sided, by degrees of freedom
 
 
 def probe_losses(artifact: Artifact) -> dict[str, float]:
@@ -35,24 +35,15 @@ def probe_losses(artifact: Artifact) -> dict[str, float]:
     return {name.removeprefix("probe/"): value for name, value in last.items() if name.startswith("probe/")}
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean and a two-sided 95 % t-interval; the interval is the mean itself for one value."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, mean, mean
-    half = T_95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-    return mean, mean - half, mean + half
-
-
 def compare(rows: list[dict], control: str) -> dict[str, dict[str, float]]:
     """Capability -> mean gain over a control in nats per token, its interval, and how many seeds gained. Prints it too."""
     summary = {}
     for name in rows[0]["influence"]:
         gains = [row[control][name] - row["influence"][name] for row in rows]
-        mean, low, high = interval(gains)
+        gain = interval(gains)
         wins = sum(gain > 0 for gain in gains)
-        summary[name] = {"mean_gain_nats": round(mean, 4), "low": round(low, 4), "high": round(high, 4), "wins": wins, "seeds": len(rows)}
-        print(f"{name:>12}: {control} - influence = {mean:+.4f} nats/token, 95 % [{low:+.4f}, {high:+.4f}], better in {wins} of {len(rows)}")
+        summary[name] = {"mean_gain_nats": gain["mean"], "low": gain["low"], "high": gain["high"], "wins": wins, "seeds": len(rows)}
+        print(f"{name:>12}: {control} - influence = {gain['mean']:+.4f} nats/token, 95 % [{gain['low']:+.4f}, {gain['high']:+.4f}], better in {wins} of {len(rows)}")
     return summary
 
 

@@ -31,6 +31,20 @@ def kilobytes(field: str) -> int:
     return int(found[1])
 
 
+def measured(run: Callable[[], tuple[np.ndarray, float]], floor: Callable[[], float]) -> tuple[np.ndarray, dict[str, Any]]:
+    """What `run` returns first (its scores), and CPU seconds of the floor before and after, of the whole run and of its probe gradient
+    (its second result), and peak memory over what was there before it."""
+    floors = [floor()]
+    before = kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    began = time.process_time()
+    scores, probe_seconds = run()
+    total = time.process_time() - began
+    peak = (kilobytes("VmHWM") - before) / 1024
+    floors.append(floor())
+    return scores, {"torch": torch.__version__, "floors": floors, "total": total, "probe": probe_seconds, "peak_mb": peak}
+
+
 def losses(model: nn.Module, tokens: Tensor) -> Tensor:
     """Summed token loss of each document [b], tokens [b, T]."""
     logits = model(tokens).logits[:, :-1].float()
@@ -140,19 +154,9 @@ def main() -> None:
         plain(untouched, train, options.batch)
         return time.process_time() - began
 
-    floors = [floor()]
-    before = kilobytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    began = time.process_time()
-    scores, probe_seconds = run()
-    total = time.process_time() - began
-    peak = (kilobytes("VmHWM") - before) / 1024
-    floors.append(floor())
+    scores, figures = measured(run, floor)
     np.save(options.folder / f"{options.method}.npy", scores)
-    json.dump(
-        {"version": metadata.version(options.method), "torch": torch.__version__, "floors": floors, "total": total, "probe": probe_seconds, "peak_mb": peak},
-        sys.stdout,
-    )  # fmt: skip
+    json.dump({"version": metadata.version(options.method), **figures}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -180,22 +180,8 @@ def prepare(
     config: InfluenceConfig, shards: ShardSet, probe: ProbeSet, checkpoints: CheckpointSet, store: ScoreStore
 ) -> Job:
     """Choose documents and checkpoints."""
-    sources = list(shards.sources) if config.sources is None else config.sources
-    unknown = sorted(set(sources) - set(shards.sources))
-    if unknown:
-        raise ConfigError(
-            expected=f"sources of the shards ({', '.join(sorted(shards.sources))})",
-            found=f"{', '.join(unknown)}",
-            fix="correct influence's `sources`, or leave it out to score every source",
-        )
-    wanted = list(probe.capabilities) if config.capabilities is None else config.capabilities
-    absent = sorted(set(wanted) - set(probe.capabilities))
-    if absent:
-        raise ConfigError(
-            expected=f"capabilities of the probe ({', '.join(probe.capabilities)})",
-            found=f"{', '.join(absent)}",
-            fix="correct influence's `capabilities`, or leave it out to score for all",
-        )
+    sources = _named(config.sources, list(shards.sources), "sources", "the shards", "score every source")
+    wanted = _named(config.capabilities, list(probe.capabilities), "capabilities", "the probe", "score for all")
     rows = {
         name: [Row(i, document.tokens(shards)) for i, document in enumerate(found.documents)]
         for name, found in probe.capabilities.items()
@@ -205,6 +191,18 @@ def prepare(
     chosen = {source: choose(config, source, shards.split(source, "train")) for source in sources}
     reference = draw(config, shards, sources) if config.preconditioner in ESTIMATED else None
     return Job(config, chosen, rows, evenly(trained, config.checkpoints), store, config.seed or 0, reference)
+
+
+def _named(wanted: list[str] | None, there: list[str], setting: str, whose: str, purpose: str) -> list[str]:
+    """What a setting names, or all there is. Raises ConfigError at a name that is not there."""
+    unknown = sorted(set(wanted or []) - set(there))
+    if unknown:
+        raise ConfigError(
+            expected=f"{setting} of {whose} ({', '.join(sorted(there))})",
+            found=", ".join(unknown),
+            fix=f"correct influence's `{setting}`, or leave it out to {purpose}",
+        )
+    return there if wanted is None else wanted
 
 
 def direction_tokens(job: Job) -> int:

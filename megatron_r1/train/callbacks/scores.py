@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_r1.artifacts import training_scores as files
 from megatron_r1.artifacts.checkpoint import checkpoint_folder, truncate_journal
@@ -138,19 +137,10 @@ class Scores(Callback):
 
     def _means(self, trainer: Trainer) -> dict[str, dict[str, float]]:
         """Mean score per token of the rows along the present directions: what is on disk is the state, so a resumed run says the same."""
-        sums = torch.zeros(len(self.sources), 1 + len(self.probe), dtype=torch.float64)
+        sums = files.Sums(len(self.sources), len(self.probe))
         if trainer.ctx.leads_copy:
             rows = files.open_part(self.path, self.objective.kind)
-            rows = np.array(rows[np.searchsorted(rows["step"], self.probe_step, side="right") :])
-            rows = rows[np.isfinite(rows["scores"]).all(axis=1)]
-            sums += _sums(rows, len(self.sources))
-        totals = trainer.ctx.all_reduce_sum(sums.to(trainer.ctx.device), over="world").tolist()
+            sums.add(np.array(rows[np.searchsorted(rows["step"], self.probe_step, side="right") :]))
+        mine = torch.from_numpy(np.column_stack([sums.tokens, sums.s]))
+        totals = trainer.ctx.all_reduce_sum(mine.to(trainer.ctx.device), over="world").tolist()
         return {source: dict(zip(self.probe, (value / n for value in values))) for source, (n, *values) in zip(self.sources, totals) if n}
-
-
-def _sums(rows: np.ndarray, sources: int) -> Tensor:
-    """Tokens and scores of every source, [sources, 1 + K]."""
-    columns = np.concatenate([rows["tokens"][:, None], rows["scores"]], axis=1, dtype=np.float64)
-    found = np.zeros((sources, columns.shape[1]))
-    np.add.at(found, rows["source"], columns)
-    return torch.from_numpy(found)
