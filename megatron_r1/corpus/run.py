@@ -22,7 +22,7 @@ from megatron_r1.corpus.control import Control
 from megatron_r1.corpus.embedded import Context
 from megatron_r1.corpus.splits import Splitter
 from megatron_r1.corpus.write import use_threads, write_source
-from megatron_r1.data.shards import SOURCES_FILE, SPLITS, SourceRecord
+from megatron_r1.data.shards import SCHEMA_VERSION, SOURCES_FILE, SPLITS, SourceRecord
 from megatron_r1.data.tokenizer import PIECE, Tokenizer, pieces
 from megatron_r1.utils.errors import DataError, EnvironmentProblem
 from megatron_r1.utils.io import atomic_write_json, disk_errors, require_free_space
@@ -64,7 +64,7 @@ def run(config: CorpusConfig, inputs: Inputs, work: Workspace) -> Artifact:
             )
             seconds += took
     atomic_write_json(work.path / SOURCES_FILE, {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
         "sources": {name: record.plain() for name, record in records.items()},
         "missing": missing,

@@ -89,7 +89,7 @@ def write_source(
         for document, (ids, mask) in zip(batch, rendered, strict=True):
             split = document["split"]
             if split not in writers:
-                writers[split] = ShardWriter(part / split, tokenizer.vocab_size, masked=item.format == "chat")
+                writers[split] = ShardWriter(part / split, tokenizer.vocab_size, masked=item.format == "chat", tokenizer=tokenizer.sha256)
             writers[split].add(np.asarray(ids, np.int32), document["bytes"], document["id"], document["group"], mask)
         bar.advance(sum(document["bytes"] for document in batch))
     splits = {split: writers[split].close() if split in writers else SplitRecord(documents=0, tokens=0, bytes=0) for split in SPLITS}

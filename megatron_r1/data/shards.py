@@ -3,9 +3,9 @@
     tokenizer/                          tokenizer.json or *.model, tokenizer_info.json
     sources.json                        what is in it, what is missing and why
     sources/<name>/<split>.bin .idx     Megatron's indexed dataset (stock megatron.core reads it)
-    sources/<name>/<split>.docs.parquet id, group, n_tokens, n_bytes of every document
+    sources/<name>/<split>.docs.parquet id, group, n_tokens, n_bytes, file, offset of every document (data/documents.py)
     sources/<name>/<split>.mask         conversations only: 1 byte per token, 1 = learn to predict it
-    sources/<name>/<split>.*.crc        CRC-32 of every MiB
+    sources/<name>/<split>.*.crc        CRC-32 of every MiB of each of these
     quarantine/<name>.jsonl             bad input with file, byte offset and reason
 """
 
@@ -22,16 +22,19 @@ from pydantic import Field, ValidationError
 
 from megatron_r1.artifacts.base import Artifact
 from megatron_r1.config.base import Frozen
-from megatron_r1.data.indexed import AGAIN, BlockReader, IndexedWriter, read_index, suffixed, token_dtype
+from megatron_r1.data.documents import Column, Documents, DocumentsWriter
+from megatron_r1.data.indexed import AGAIN, BlockReader, Index, IndexedWriter, crc_path, suffixed, token_dtype
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.utils.errors import ArtifactError, DataError
-from megatron_r1.utils.io import disk_errors, read_json
+from megatron_r1.utils.io import read_json
 
 SPLITS = ("train", "probe", "test", "control")
 DOMAINS = ("code", "math", "knowledge", "web", "chat", "science", "noise")
 Domain = Literal["code", "math", "knowledge", "web", "chat", "science", "noise"]
 Format = Literal["text", "chat"]
 SOURCES_FILE = "sources.json"
+SCHEMA_VERSION = 2
+"""Of sources.json and the files it describes. 1: checksums of whole files for .idx and docs.parquet, no origin of documents."""
 
 
 class SplitRecord(Frozen):
@@ -40,7 +43,7 @@ class SplitRecord(Frozen):
     documents: int = Field(description="documents")
     tokens: int = Field(description="tokens, end-of-text tokens included")
     bytes: int = Field(description="UTF-8 bytes of the text the tokens stand for (what bits per byte divide by)")
-    files: dict[str, list[int]] = Field(default_factory=dict, description="suffix -> [bytes, CRC-32 of the whole file, or -1 where a .crc file has it by block]")
+    files: dict[str, list[int]] = Field(default_factory=dict, description="suffix -> [bytes, CRC-32 of its .crc file, which has the CRC-32 of every block]")
 
 
 class SourceRecord(Frozen):
@@ -61,146 +64,177 @@ class SourceRecord(Frozen):
         return self.splits["train"].tokens if "train" in self.splits else 0
 
 
-class Shard:
-    """One split of one source, memory-mapped. A shard without documents is fine.
+def describe(prefix: Path, bytes: int, masked: bool = False, documents_file: bool = True) -> SplitRecord:
+    """The record of the files of a split that lie on disk with their checksums. bytes: UTF-8 bytes of the text."""
+    files = {}
+    for suffix in (".bin", ".idx", *([".docs.parquet"] if documents_file else []), *([".mask"] if masked else [])):
+        path = suffixed(prefix, suffix)
+        files[suffix] = [path.stat().st_size, zlib.crc32(crc_path(path).read_bytes())]
+    index = Index(suffixed(prefix, ".idx"))
+    return SplitRecord(documents=index.documents, tokens=index.tokens, bytes=bytes, files=files)
 
-    lengths, offsets: int64[documents], int64[documents + 1], in tokens.
+
+class Shard:
+    """One split of one source, mapped: opening looks at sizes and at the ends of the index, the rest is read where it is used.
+
+    A shard without documents is fine. Raises DataError when files are missing, of another size or not what the record says.
     """
 
     def __init__(self, prefix: Path, record: SplitRecord, label: str = "") -> None:
         self.prefix, self.record, self.label = prefix, record, label or prefix.name
-        self.lengths: np.ndarray = np.zeros(0, np.int64)
+        self.index: Index | None = None
         self.dtype = np.dtype(np.uint16)
-        self._bin: BlockReader | None = None
-        self._mask: BlockReader | None = None
-        if record.documents:
-            self._small_file(".idx")
-            self._small_file(".docs.parquet")
-            self.lengths, self.dtype = read_index(suffixed(prefix, ".idx"))
-            found = (len(self.lengths), int(self.lengths.sum()))
-            if found != (record.documents, record.tokens):
+        self._readers: dict[str, BlockReader] = {}
+        if not record.documents:
+            return
+        for suffix in (".bin", ".docs.parquet", *([".mask"] if ".mask" in record.files else [])):
+            self._readers[suffix] = BlockReader(suffixed(prefix, suffix), *self._known(suffix))
+        path = suffixed(prefix, ".idx")
+        size, check, crc = self._known(".idx")
+        BlockReader(path, size, check, crc)
+        self.index = Index(path, check, crc)
+        self.dtype = self.index.dtype
+        found = (len(self.index), self.index.tokens)
+        if found != (record.documents, record.tokens):
+            raise DataError(
+                expected=f"{record.documents} documents with {record.tokens} tokens in {path}", found=f"{found[0]} documents with {found[1]} tokens", fix=AGAIN,
+            )
+        for suffix, width in ((".bin", self.dtype.itemsize), (".mask", 1)):
+            if suffix in self._readers and self._readers[suffix].size != record.tokens * width:
                 raise DataError(
-                    expected=f"{record.documents} documents with {record.tokens} tokens in {suffixed(prefix, '.idx')}",
-                    found=f"{found[0]} documents with {found[1]} tokens", fix=AGAIN,
+                    expected=f"{suffixed(prefix, suffix)} with {record.tokens * width} bytes for {record.tokens} tokens", found=f"{self._readers[suffix].size} bytes", fix=AGAIN
                 )
-            self._bin = BlockReader(suffixed(prefix, ".bin"), record.tokens * self.dtype.itemsize)
-            if ".mask" in record.files:
-                self._mask = BlockReader(suffixed(prefix, ".mask"), record.tokens)
-        self.offsets: np.ndarray = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])
 
-    def _small_file(self, suffix: str) -> None:
-        path = suffixed(self.prefix, suffix)
+    def _known(self, suffix: str) -> tuple[int, bool, int]:
         size, crc = self.record.files.get(suffix, [-1, -1])
-        content = path.read_bytes() if path.is_file() else None
-        if content is None or len(content) != size:
-            raise DataError(expected=f"{path} with {size} bytes", found="no such file" if content is None else f"{len(content)} bytes", fix=AGAIN)
-        if zlib.crc32(content) != crc:
-            raise DataError(expected=f"CRC-32 {crc:08x} of {path}", found=f"{zlib.crc32(content):08x}: the file was changed after it was written", fix=AGAIN)
+        return size, True, crc
 
     def __len__(self) -> int:
         """Documents."""
-        return len(self.lengths)
+        return self.record.documents
 
     @property
     def n_tokens(self) -> int:
         """Tokens of all documents."""
-        return int(self.offsets[-1])
+        return self.record.tokens
 
     @property
     def n_bytes(self) -> int:
         """UTF-8 bytes of the text of all documents."""
         return self.record.bytes
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every document: int32[documents], mapped."""
+        return np.zeros(0, np.int32) if self.index is None else self.index.lengths
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """First token of every document, and the end: int64[documents + 1], in memory. `edges` and `find` need none."""
+        return self.edges(0, len(self))
+
+    def edges(self, first: int, last: int) -> np.ndarray:
+        """First token of documents first ... last - 1, and the end of the last: int64[last - first + 1]."""
+        return np.zeros(1, np.int64) if self.index is None else self.index.edges(first, last)
+
+    def find(self, token: int) -> int:
+        """The document that token number `token` of the shard belongs to. O(log documents), next to no memory."""
+        if self.index is None:
+            raise DataError(expected=f"a token of {self.label}", found=f"{token} of none", fix="look only into shards with documents")
+        return self.index.find(token)
+
     def tokens(self, i: int) -> np.ndarray:
         """Tokens of document i: [n_tokens(i)], the dtype of the shard. Raises DataError when the file is damaged."""
-        return self.read(int(self.offsets[i]), int(self.lengths[i]))
+        start, end = self.edges(int(i), int(i) + 1).tolist()
+        return self.read(start, end - start)
 
     def mask(self, i: int) -> np.ndarray | None:
         """Loss mask of document i, uint8[n_tokens(i)], or None for plain text."""
-        if self._mask is None:
+        if ".mask" not in self._readers:
             return None
-        return self._mask.bytes(int(self.offsets[i]), int(self.offsets[i + 1]))
+        start, end = self.edges(int(i), int(i) + 1).tolist()
+        return self._readers[".mask"].bytes(start, end)
 
     def read(self, start: int, n: int) -> np.ndarray:
         """Tokens [n] from position `start` of all documents end to end."""
-        if self._bin is None or n == 0:
+        if n == 0:
             return np.zeros(0, self.dtype)
+        if self.index is None:
+            raise DataError(expected=f"a range inside the 0 tokens of {self.label}", found=f"tokens {start} to {start + n}", fix="look only into shards with documents")
         width = self.dtype.itemsize
-        return self._bin.bytes(start * width, (start + n) * width).view(self.dtype)
+        return self._readers[".bin"].bytes(start * width, (start + n) * width).view(self.dtype)
 
     def verify(self) -> None:
-        """Check every block of every file now. Raises DataError naming the first damaged one."""
-        for reader in (self._bin, self._mask):
-            if reader is not None:
-                reader.verify()
+        """Check every block of every file, and that they agree. Raises DataError naming the first damaged one."""
+        for reader in self._readers.values():
+            reader.verify()
+        if self.index is not None:
+            self.index.verify()
+            self.documents.verify()
 
     @cached_property
-    def _docs(self) -> dict[str, list[Any]]:
-        if not self.record.documents:
-            return {"id": [], "group": [], "n_tokens": [], "n_bytes": []}
-        import pyarrow.parquet as pq
+    def documents(self) -> Documents:
+        """The rows of docs.parquet. Raises DataError when there is none."""
+        if ".docs.parquet" not in self._readers:
+            raise DataError(expected=f"a file {suffixed(self.prefix, '.docs.parquet')}", found="none: the shard has no documents, or no sidecar", fix="ask for documents by number")
+        return Documents(self._readers[".docs.parquet"], self.record.documents)
 
-        return pq.read_table(suffixed(self.prefix, ".docs.parquet")).to_pydict()
+    def _column(self, name: str) -> Column | list[Any]:
+        return self.documents.column(name) if self.record.documents else []
 
-    @property
-    def ids(self) -> list[str]:
-        """Document ids, in order."""
-        return self._docs["id"]
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        """Document ids, in order, read where they are looked at."""
+        return self._column("id")
 
-    @property
-    def groups(self) -> list[str]:
-        """Document groups, in order."""
-        return self._docs["group"]
+    @cached_property
+    def groups(self) -> Sequence[str]:
+        """Document groups, in order, read where they are looked at."""
+        return self._column("group")
 
     @property
     def document_bytes(self) -> np.ndarray:
         """UTF-8 bytes of the text of each document, int64[documents]."""
-        return np.asarray(self._docs["n_bytes"], np.int64)
+        return self.documents.column("n_bytes").numbers() if self.record.documents else np.zeros(0, np.int64)
 
 
 class ShardWriter:
-    """Writes one split of one source under `prefix`; nothing is readable until `close` returned its record."""
+    """Writes one split of one source under `prefix`; nothing is readable until `close` returned its record.
 
-    def __init__(self, prefix: Path, vocab_size: int, masked: bool = False) -> None:
-        self.prefix = Path(prefix)
+    Memory does not grow with what is written. tokenizer: SHA-256 of the tokenizer the ids are of.
+    """
+
+    def __init__(self, prefix: Path, vocab_size: int, masked: bool = False, tokenizer: str = "") -> None:
+        self.prefix, self._masked = Path(prefix), masked
         self._writer = IndexedWriter(self.prefix, token_dtype(vocab_size), masked)
-        self._masked = masked
-        self._ids: list[str] = []
-        self._groups: list[str] = []
-        self._bytes: list[int] = []
+        self._documents = DocumentsWriter(suffixed(self.prefix, ".docs.parquet"), tokenizer)
 
-    def add(self, tokens: Sequence[int] | np.ndarray, n_bytes: int, id: str, group: str = "", mask: Sequence[int] | np.ndarray | None = None) -> None:
-        """Append one document: its tokens, the UTF-8 bytes of its text, its id (unique within the source) and group."""
+    def add(
+        self, tokens: Sequence[int] | np.ndarray, n_bytes: int, id: str, group: str = "", mask: Sequence[int] | np.ndarray | None = None,
+        file: str = "", offset: int = -1,
+    ) -> None:
+        """Append one document: its tokens, the UTF-8 bytes of its text, its id (unique within the source) and group.
+
+        file, offset: where it came from; the offset is that of its first byte, decompressed (of Parquet: its row), -1 if unknown.
+        """
         self._writer.add(np.asarray(tokens), None if mask is None else np.asarray(mask))
-        self._ids.append(id)
-        self._groups.append(group)
-        self._bytes.append(n_bytes)
+        self._documents.add(id, group, len(tokens), n_bytes, file, offset)
 
     @property
     def tokens(self) -> int:
         """Tokens so far."""
-        return sum(self._writer.lengths)
+        return self._writer.tokens
 
     def close(self) -> SplitRecord:
         """Finish the files and describe them."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+        self._documents.close()
         self._writer.close()
-        table = pa.table({
-            "id": pa.array(self._ids, pa.string()), "group": pa.array(self._groups, pa.string()),
-            "n_tokens": pa.array(self._writer.lengths, pa.int64()), "n_bytes": pa.array(self._bytes, pa.int64()),
-        })
-        path = suffixed(self.prefix, ".docs.parquet")
-        with disk_errors(path):
-            pq.write_table(table, path, compression="zstd")
-        files = {".bin": [suffixed(self.prefix, ".bin").stat().st_size, -1]}
-        if self._masked:
-            files[".mask"] = [suffixed(self.prefix, ".mask").stat().st_size, -1]
-        for suffix in (".idx", ".docs.parquet"):
-            content = suffixed(self.prefix, suffix).read_bytes()
-            files[suffix] = [len(content), zlib.crc32(content)]
-        return SplitRecord(documents=len(self._ids), tokens=sum(self._writer.lengths), bytes=sum(self._bytes), files=files)
+        return describe(self.prefix, self._documents.bytes, self._masked)
+
+    def abandon(self) -> None:
+        """Stop: what was written stays recognisably incomplete."""
+        self._documents.abandon()
+        self._writer.abandon()
 
 
 class ShardSet:
@@ -226,7 +260,11 @@ class ShardSet:
         else:
             path = Path(artifact)
         try:
-            shards = cls(path, read_json(path / SOURCES_FILE))
+            content = read_json(path / SOURCES_FILE)
+            version = content.get("schema_version", SCHEMA_VERSION)
+            if version != SCHEMA_VERSION:
+                raise ArtifactError(expected=f"shards of format {SCHEMA_VERSION} in {path}", found=f"format {version}, of another release", fix=AGAIN)
+            shards = cls(path, content)
         except (KeyError, TypeError, AttributeError, ValidationError) as error:
             raise ArtifactError(expected=f"the sources of a ShardSet in {path / SOURCES_FILE}", found=f"{type(error).__name__}: {error}", fix=AGAIN) from error
         found = shards.tokenizer.sha256

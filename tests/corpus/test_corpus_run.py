@@ -335,4 +335,4 @@ def test_any_bytes_are_either_documents_or_quarantined(tmp_path_factory, lines):
 def test_lengths_and_types(tmp_path, files):
     shard = ShardSet.open(make(tmp_path / "runs", config(files))).split("news")
     assert shard.tokens(0).dtype == np.uint16
-    assert shard.lengths.dtype == np.int64
+    assert shard.lengths.dtype == np.int32

@@ -1,10 +1,24 @@
 """The file format: what stock megatron.core reads, and what happens to damaged files."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from data_toys import toy_shard
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megatron_r1.data.indexed import BLOCK, IndexedWriter, crc_path, read_index, token_dtype
+from megatron_r1.data.indexed import (
+    BLOCK,
+    BlockSums,
+    Index,
+    IndexedWriter,
+    crc_path,
+    read_index,
+    token_dtype,
+    write_index,
+    write_sums,
+)
 from megatron_r1.data.shards import Shard
 from megatron_r1.utils.errors import DataError
 
@@ -42,8 +56,8 @@ def test_round_trip_across_blocks(tmp_path):
     for i, tokens in enumerate(documents):
         assert shard.tokens(i).tolist() == tokens.tolist()
     shard.verify()
-    assert shard.ids == ["doc0", "doc1", "doc2", "doc3"]
-    assert shard.groups == ["group0", "group1", "group2", "group0"]
+    assert list(shard.ids) == ["doc0", "doc1", "doc2", "doc3"]
+    assert list(shard.groups) == ["group0", "group1", "group2", "group0"]
     assert shard.n_bytes == 3 * shard.n_tokens == int(shard.document_bytes.sum())
 
 
@@ -60,7 +74,7 @@ def test_a_flipped_bit_is_found(tmp_path, suffix):
 
     def read_all():
         again = Shard(shard.prefix, shard.record)
-        return again.tokens(1), again.mask(1)
+        return again.tokens(1), again.mask(1), again.ids[1]
 
     with pytest.raises(DataError, match="CRC-32") as error:
         read_all()
@@ -133,3 +147,67 @@ def test_empty_shard(tmp_path):
     assert (len(shard), shard.n_tokens, shard.ids, shard.lengths.tolist()) == (0, 0, [], [])
     assert shard.read(0, 0).tolist() == []
     assert crc_path(tmp_path / "train.bin").stat().st_size == 0
+
+
+def test_where_documents_came_from(tmp_path):
+    from megatron_r1.data.shards import ShardWriter
+
+    writer = ShardWriter(tmp_path / "train", 1000, tokenizer="ab" * 32)
+    for i in range(7):
+        writer.add([i] * i, 2 * i, f"id{i}", file=f"file{i % 2}.jsonl", offset=i << 33)
+    shard = Shard(tmp_path / "train", writer.close())
+    assert shard.documents.row(5) == {"id": "id5", "group": "", "n_tokens": 5, "n_bytes": 10, "file": "file1.jsonl", "offset": 5 << 33}
+    assert shard.documents.tokenizer == "ab" * 32
+    assert shard.n_bytes == 42
+
+
+def test_rows_give_the_same_bytes_however_they_arrive(tmp_path, monkeypatch):
+    from megatron_r1.data import documents
+    from megatron_r1.data.shards import ShardWriter, describe
+
+    monkeypatch.setattr(documents, "ROWS", 8)
+    lengths = [3, 0, 5] * 9
+    writer = ShardWriter(tmp_path / "a", 1000)
+    for i, n in enumerate(lengths):
+        writer.add([i] * n, n, f"id{i}", f"g{i % 2}", file=f"f{i // 10}", offset=i)
+    record = writer.close()
+    shard = Shard(tmp_path / "a", record)
+    assert shard.ids[-1] == "id26"
+    assert shard.ids[7:10] == ["id7", "id8", "id9"]
+    assert shard.documents.column("file").take([26, 0, 9, 10]) == ["f2", "f0", "f0", "f1"]
+    assert list(shard.ids) == [f"id{i}" for i in range(27)]
+
+    assert write_index(tmp_path / "b.idx", iter(np.array_split(np.asarray(lengths), 5)), np.dtype(np.uint16)) == (27, 72)
+    rows = ((f"id{i}", f"g{i % 2}", n, n, f"f{i // 10}", i) for i, n in enumerate(lengths))
+    assert documents.write_documents(tmp_path / "b.docs.parquet", rows) == (27, 72)
+    tokens = (tmp_path / "a.bin").read_bytes()
+    (tmp_path / "b.bin").write_bytes(tokens)
+    sums = [BlockSums(), BlockSums()]
+    sums[0].update(tokens)
+    write_sums(tmp_path / "b.bin", np.concatenate([part.finish() for part in sums]))
+    assert describe(tmp_path / "b", 72) == record
+    for suffix in (".idx", ".idx.crc", ".docs.parquet", ".docs.parquet.crc", ".bin.crc"):
+        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes(), suffix
+    assert not list(tmp_path.glob("*.part"))
+
+
+@given(lengths=st.lists(st.integers(0, 9), max_size=60), data=st.data())
+def test_finding_documents(tmp_path_factory, lengths, data):
+    """Against numpy over the whole array of offsets, with documents of no token and several strides."""
+    folder = tmp_path_factory.mktemp("find")
+    write_index(folder / "a.idx", [np.asarray(lengths, np.int64)], np.dtype(np.int32))
+    with patch.multiple("megatron_r1.data.indexed", STRIDE=4):
+        index = Index(folder / "a.idx")
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        assert (index.edges(0, len(lengths)) == offsets).all()
+        assert index.tokens == sum(lengths)
+        for token in range(index.tokens):
+            owner = index.find(token)
+            assert offsets[owner] <= token < offsets[owner + 1]
+        if lengths:
+            first = data.draw(st.integers(0, len(lengths)))
+            last = data.draw(st.integers(first, len(lengths)))
+            assert (index.edges(first, last) == offsets[first : last + 1]).all()
+    for token in (-1, index.tokens):
+        with pytest.raises(DataError, match="a token within"):
+            index.find(token)
