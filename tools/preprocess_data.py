@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_r1.corpus.config import CorpusConfig, SourceConfig, TokenizerConfig
+from megatron_r1.corpus.files import describe
 from megatron_r1.corpus.readers import Bad, read
 from megatron_r1.corpus.tokenizers import make
 from megatron_r1.corpus.write import BATCH_BYTES, BATCH_DOCUMENTS, use_threads
@@ -41,7 +42,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="preprocess_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("input")
-    group.add_argument("--input", required=True, nargs="+", help="JSON-lines files (.gz, .bz2, .xz too)")
+    group.add_argument("--input", required=True, nargs="+", help="JSON-lines files or URLs (.gz, .bz2, .xz, .zst too)")
     group.add_argument("--json-keys", nargs="+", default=["text"], help="fields to write, one dataset each")
     group.add_argument("--split-sentences", action="store_true", help="not supported (BERT-style data)")
     group = parser.add_argument_group("tokenizer")
@@ -92,7 +93,7 @@ def write_key(args: argparse.Namespace, key: str, tokenizer: Tokenizer) -> tuple
             batch.clear()
             return written
 
-        for made, length in read(key, source, [Path(path) for path in args.input]):
+        for made, length in read(key, source, describe(args.input)):
             size += length
             if isinstance(made, Bad):
                 bad += 1
@@ -124,9 +125,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(expected="documents as they are", found="--split-sentences", fix="leave it out: sentence splitting serves BERT-style training, which this project does not do")
         if args.partitions != 1:
             raise ConfigError(expected="--partitions 1", found=str(args.partitions), fix="leave it out: threads share the work of a file, and the corpus stage resumes per source")
-        missing = [path for path in args.input if not Path(path).is_file()]
-        if missing:
-            raise DataError(expected="input files that exist", found=f"no file {missing[0]}", fix="correct --input")
+        describe(args.input)
         use_threads(args.workers)
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = open_tokenizer(args, Path(folder) / "tokenizer")

@@ -17,12 +17,13 @@ from megatron_r1.corpus.config import SourceConfig
 from megatron_r1.corpus.control import Control
 from megatron_r1.corpus.decontaminate import Overlap
 from megatron_r1.corpus.embedded import Context
+from megatron_r1.corpus.files import InputFile, find_files, sha256
 from megatron_r1.corpus.filters import MIN_CHARS, Filters, content_key, group_of
-from megatron_r1.corpus.readers import Bad, find_files, read
+from megatron_r1.corpus.readers import Bad, read
 from megatron_r1.corpus.splits import Splitter
 from megatron_r1.data.document import Document
 from megatron_r1.utils.errors import DataError
-from megatron_r1.utils.io import atomic_write_json, disk_errors, read_json, sha256_file
+from megatron_r1.utils.io import atomic_write_json, disk_errors, read_json
 from megatron_r1.utils.logging import Bar, get_logger, progress
 
 log = get_logger("corpus.collect")
@@ -87,7 +88,7 @@ def collect(item: Plan, rules: Rules, context: Context, spool: Spool, quarantine
     """Read, filter and split one source; returns its record. Raises DataError when too much of it is bad (the quarantine is
     written first) or nothing is left; EnvironmentProblem when it can not be had or the disk is full."""
     files = [] if item.corpus else find_files(item.name, item.source)
-    state = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    state = {file.path: [file.size, file.stamp] for file in files}
     done = spool.record()
     if done is not None and done["state"] == state:
         log.info("%s: read already", item.name)
@@ -95,7 +96,7 @@ def collect(item: Plan, rules: Rules, context: Context, spool: Spool, quarantine
     filters = Filters(item.min_chars, item.source.deduplicate)
     counts: Counter[str] = Counter()
     matches: list[dict[str, str]] = []
-    total = sum(size for size, _ in state.values()) or (item.max_bytes or 0)
+    total = sum(file.size for file in files) or (item.max_bytes or 0)
     quarantine.unlink(missing_ok=True)
     with disk_errors(spool.lines):
         spool.lines.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ def collect(item: Plan, rules: Rules, context: Context, spool: Spool, quarantine
     return record
 
 
-def _good(item: Plan, files: list[Path], context: Context, quarantine: Path, counts: Counter[str], bar: Bar) -> Iterator[Document]:
+def _good(item: Plan, files: list[InputFile], context: Context, quarantine: Path, counts: Counter[str], bar: Bar) -> Iterator[Document]:
     """Documents of a source; bad input goes to the quarantine file and is counted."""
     if item.corpus:
         counts["read"] = 0
@@ -140,7 +141,7 @@ def _good(item: Plan, files: list[Path], context: Context, quarantine: Path, cou
                     identities.add(made.id)
                     yield made
                     continue
-                made = Bad(made.id, -1, -1, f"the id {made.id!r} was used before")
+                made = Bad(made.file, made.offset, f"the id {made.id!r} was used before")
             counts["bad"] += 1
             with disk_errors(quarantine):
                 if sink is None:
@@ -193,12 +194,12 @@ def _check(item: Plan, rules: Rules, counts: Counter[str], filters: Filters, qua
         )
 
 
-def _origin(item: Plan, files: list[Path], matches: list[dict[str, str]]) -> dict[str, Any]:
+def _origin(item: Plan, files: list[InputFile], matches: list[dict[str, str]]) -> dict[str, Any]:
     origin = {"kind": item.source.kind, **(item.corpus.origin() if item.corpus else {})}
     if item.corpus:
         origin["corpus"] = item.corpus.name
     else:
-        origin["files"] = [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files]
+        origin["files"] = [{"name": file.name, "bytes": file.size, "sha256": sha256(file)} for file in files]
     if matches:
         origin["contaminated"] = matches[:LISTED]
     return origin

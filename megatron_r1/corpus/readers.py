@@ -1,29 +1,26 @@
-"""Your own files as documents: JSON lines, plain text, Parquet. Bad input is reported, never raised.
+"""Your own files as documents: JSON lines, plain text, Parquet. Bad input is an item like a document, never an exception.
 
-Files are read line by line; offsets count bytes of the (decompressed) file. A line may be as long as memory allows.
+Offsets count bytes of the decompressed file, or rows of a Parquet file. A line may be as long as memory allows.
 """
 
 from __future__ import annotations
 
-import bz2
-import glob
-import gzip
-import json
-import lzma
+import codecs
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from string import Formatter
-from typing import IO, Any
+from typing import Any
 
+from megatron_r1.corpus import fields, streams
 from megatron_r1.corpus.config import SourceConfig
-from megatron_r1.data.document import Document, problem
+from megatron_r1.corpus.files import InputFile, Stored, check_unchanged
+from megatron_r1.corpus.partitions import Partition, plan_partitions, splittable
+from megatron_r1.data.document import Document
 from megatron_r1.utils.errors import DataError
 
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-ENDINGS = {"jsonl": (".jsonl", ".json", ".ndjson"), "text": (".txt", ".text", ".md", ".rst", ".py"), "parquet": (".parquet",)}
 EXCERPT = 200
+BATCH = 16 << 20
+"""Bytes of Parquet rows decoded at a time, about."""
 
 
 @dataclass(frozen=True)
@@ -32,219 +29,221 @@ class Bad:
 
     file: str
     offset: int
-    position: int
-    """Line (jsonl, text: from 1) or row (parquet: from 0)."""
+    """Byte of the decompressed file, or row of a Parquet file."""
     reason: str
     excerpt: str = ""
 
     def record(self) -> dict[str, Any]:
         """As a line of the quarantine."""
-        return {"file": self.file, "offset": self.offset, "position": self.position, "reason": self.reason, "excerpt": self.excerpt}
+        return {"file": self.file, "offset": self.offset, "reason": self.reason, "excerpt": self.excerpt}
 
 
-def find_files(name: str, source: SourceConfig) -> list[Path]:
-    """The files of a source, sorted. Raises DataError when there are none."""
-    pattern = os.path.expandvars(os.path.expanduser(source.path or ""))
-    path = Path(pattern)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and Path(p.name.removesuffix(p.suffix) if p.suffix in OPENERS else p.name).suffix in ENDINGS[source.kind])
-    else:
-        files = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
-    if not files:
-        endings = ", ".join(ENDINGS[source.kind])
-        raise DataError(expected=f"files of source {name!r} at {source.path}", found="none", fix=f"correct sources.{name}.path (a folder is searched for {endings})")
-    return files
+Item = tuple[Document | Bad, int, int]
+"""(what was made, bytes of content it took, position behind it)."""
 
 
-def read(name: str, source: SourceConfig, files: list[Path]) -> Iterator[tuple[Document | Bad, int]]:
-    """Documents and bad input of a source in order, each with the bytes of input it took."""
-    reader = {"jsonl": _jsonl, "text": _text, "parquet": _parquet}[source.kind]
-    names = _short_names(files)
-    for path in files:
-        yield from reader(name, source, path, names[path])
+def read(name: str, source: SourceConfig, files: Sequence[InputFile]) -> Iterator[tuple[Document | Bad, int]]:
+    """Everything in a source, in order, with the bytes of content each took. Raises what `read_partition` does."""
+    for partition in plan_partitions(name, source, files, 1 << 62):
+        for made, size, _ in read_partition(source, partition, files):
+            yield made, size
 
 
-def _short_names(files: list[Path]) -> dict[Path, str]:
-    """File names for ids and the quarantine: relative to what all files share, so that ids do not depend on the machine."""
-    if len(files) == 1:
-        return {files[0]: files[0].name}
-    root = Path(os.path.commonpath([path.parent for path in files]))
-    return {path: path.relative_to(root).as_posix() for path in files}
+def read_partition(source: SourceConfig, partition: Partition, files: Sequence[InputFile], resume: int | None = None) -> Iterator[Item]:
+    """Documents and bad input of a partition, in order. `resume` is the position of an earlier item: what follows it is yielded.
+
+    Raises DataError when the file is gone or changed (looked at before and after), EnvironmentProblem when it can not be read.
+    """
+    file = next((file for file in files if file.name == partition.file), None)
+    if file is None:
+        raise DataError(expected=f"{partition.file} among the files of source {partition.source!r}", found=f"{len(files)} others", fix="plan the partitions from these files")
+    check_unchanged(file)
+    with Stored(file) as stream:
+        if source.kind == "parquet":
+            yield from _parquet(source, partition, stream, resume)
+        elif source.kind == "text" and source.document == "file":
+            if resume is None:
+                yield _whole(partition, stream, file.suffix)
+        elif source.kind == "text" and source.document == "paragraph":
+            yield from _paragraphs(source, partition, stream, file, resume)
+        else:
+            yield from _by_line(source, partition, stream, file, resume)
+    check_unchanged(file)
 
 
-def _open(path: Path) -> IO[bytes]:
-    return OPENERS.get(path.suffix, open)(path, "rb")  # type: ignore[operator]
+def _by_line(source: SourceConfig, partition: Partition, stream: Stored, file: InputFile, resume: int | None) -> Iterator[Item]:
+    """One document a line."""
+    before = _first(partition, stream) if resume is None else resume
+    end = partition.end if splittable(source, file) else None
+    jsonl = source.kind == "jsonl"
+    try:
+        for offset, line, after in streams.lines(streams.blocks(stream, file.suffix, before), before):
+            if end is not None and offset >= end:
+                return
+            line = _bare(line, offset)
+            if not line.strip():
+                continue
+            made: Document | Bad | str
+            if jsonl:
+                record = fields.parse(line, offset)
+                made = record if isinstance(record, str) else fields.make(partition.source, source, record, file.name, offset)
+                if isinstance(made, str):
+                    made = Bad(file.name, offset, made, _excerpt(line))
+            else:
+                made = _decoded(partition.source, line, f"{file.name}:{offset}", file.name, offset)
+            yield made, after - before, after
+            before = after
+    except streams.DamagedInput as damage:
+        yield _damaged(file, before, *damage.args)
+
+
+def _paragraphs(source: SourceConfig, partition: Partition, stream: Stored, file: InputFile, resume: int | None) -> Iterator[Item]:
+    """One document between empty lines. A paragraph belongs to where the empty line before it begins: both neighbours of a cut see that alike."""
+    before = _first(partition, stream) if resume is None else resume
+    end = partition.end if splittable(source, file) else None
+    inside = resume is not None or (partition.start == 0 and end != 0)
+    block: list[bytes] = []
+    start = after = before
+    try:
+        for offset, line, after in streams.lines(streams.blocks(stream, file.suffix, before), before):  # noqa: B007 - used behind the loop
+            line = _bare(line, offset)
+            foreign = end is not None and offset >= end
+            if line.strip():
+                if not inside and foreign:
+                    return
+                if inside:
+                    start = start if block else offset
+                    block.append(line)
+                continue
+            if block:
+                yield _decoded(partition.source, b"\n".join(block), f"{file.name}:{start}", file.name, start), offset - before, offset
+                before, block = offset, []
+            if foreign:
+                return
+            inside = True
+    except streams.DamagedInput as damage:
+        reason, offset, excerpt, reached = damage.args
+        yield _damaged(file, before, reason, start if block else offset, block[0] if block else excerpt, reached)
+        return
+    if block:
+        yield _decoded(partition.source, b"\n".join(block), f"{file.name}:{start}", file.name, start), after - before, after
+
+
+def _whole(partition: Partition, stream: Stored, suffix: str) -> Item:
+    """The file as one document."""
+    content: list[bytes] = []
+    try:
+        content.extend(streams.blocks(stream, suffix))
+    except streams.DamagedInput as damage:
+        size = sum(map(len, content))
+        return Bad(partition.file, 0, f"{damage.args[0]} (after {size} bytes)", _excerpt(content[0] if content else b"")), size, size
+    raw = _bare(b"".join(content), 0, newline=False)
+    content.clear()
+    return _decoded(partition.source, raw, partition.file, partition.file, 0), len(raw), len(raw)
+
+
+def _first(partition: Partition, stream: Stored) -> int:
+    """Where the first line of a partition begins (of compressed files: at 0), or its end when none does."""
+    if partition.start == 0:
+        return 0
+    position = partition.start - 1
+    stream.seek(position)
+    while position < partition.end and (block := stream.read(min(streams.BLOCK, partition.end - position))):
+        found = block.find(b"\n")
+        if found >= 0:
+            return position + found + 1
+        position += len(block)
+    return partition.end
+
+
+def _damaged(file: InputFile, before: int, reason: str, offset: int, excerpt: bytes, reached: int) -> Item:
+    """The one item that stands for all that can not be read. Its position lies behind what can be, so that nothing follows it."""
+    return Bad(file.name, offset, f"{reason} (after {reached} bytes of content); what follows is lost", _excerpt(excerpt)), reached - before, reached + 1
+
+
+def _bare(line: bytes, offset: int, newline: bool = True) -> bytes:
+    """Without the byte order mark of a file's beginning, nor what Windows ends lines with."""
+    if offset == 0:
+        line = line.removeprefix(codecs.BOM_UTF8)
+    return line.rstrip(b"\r") if newline else line
 
 
 def _excerpt(line: bytes) -> str:
     return line[:EXCERPT].decode("utf-8", errors="replace")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """(byte offset, line number from 1, line without its end)."""
-    offset = 0
-    with _open(path) as stream:
-        for number, line in enumerate(stream, 1):
-            yield offset, number, line.rstrip(b"\r\n")
-            offset += len(line)
-
-
-def _jsonl(name: str, source: SourceConfig, path: Path, file: str) -> Iterator[tuple[Document | Bad, int]]:
-    for offset, number, line in _lines(path):
-        if not line.strip():
-            continue
-        size = len(line) + 1
-
-        def bad(reason: str, offset: int = offset, number: int = number, line: bytes = line) -> Bad:
-            return Bad(file, offset, number, reason, _excerpt(line))
-
-        try:
-            fields = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            yield bad(f"invalid UTF-8 at byte {offset + error.start}"), size
-            continue
-        except json.JSONDecodeError as error:
-            yield bad(f"invalid JSON: {error.msg} at character {error.pos}"), size
-            continue
-        except RecursionError:
-            yield bad("invalid JSON: nested too deeply"), size
-            continue
-        if not isinstance(fields, dict):
-            yield bad(f"a JSON {type(fields).__name__}, not an object"), size
-            continue
-        made = _document(name, source, fields, f"{file}:{number}")
-        yield (bad(made) if isinstance(made, str) else made), size
-
-
-def _filled(template: str, fields: dict[str, Any]) -> tuple[str, str]:
-    """(text, reason it can not be made)."""
-    for _, field, _, _ in Formatter().parse(template):
-        key = (field or "").split(".")[0].split("[")[0]
-        if key and fields.get(key) is None:
-            return "", f"field {key!r} is missing"
-    try:
-        return template.format_map(fields), ""
-    except (KeyError, IndexError, AttributeError, ValueError, TypeError) as error:
-        return "", f"the template does not fit: {type(error).__name__}: {error}"
-
-
-def _document(name: str, source: SourceConfig, fields: dict[str, Any], default_id: str) -> Document | str:
-    """A document, or why there is none."""
-    identity, group = default_id, ""
-    for field in (source.id_field, source.group_field):
-        if field is not None and fields.get(field) is None:
-            return f"field {field!r} is missing"
-    if source.id_field is not None:
-        identity = str(fields[source.id_field])
-    if source.group_field is not None:
-        group = f"{source.group_field}:{fields[source.group_field]}"
-    if source.format == "chat":
-        if source.prompt_template is not None and source.response_template is not None:
-            messages = []
-            for role, template in (("user", source.prompt_template), ("assistant", source.response_template)):
-                content, reason = _filled(template, fields)
-                if reason:
-                    return reason
-                messages.append({"role": role, "content": content})
-        elif source.messages_field not in fields:
-            return f"field {source.messages_field!r} is missing"
-        else:
-            messages = fields[source.messages_field]
-        reason = problem(messages) or ""
-        if reason:
-            return reason
-        kept = tuple({"role": message["role"], "content": _storable(message["content"])} for message in messages)
-        return Document(identity, name, messages=kept, group=group)
-    if source.template is not None:
-        text, reason = _filled(source.template, fields)
-        if reason:
-            return reason
-    else:
-        if source.text_field not in fields:
-            return f"field {source.text_field!r} is missing"
-        text = fields[source.text_field]
-        if not isinstance(text, str):
-            return f"field {source.text_field!r} is a {type(text).__name__}, not text"
-    if not text.strip():
-        return "empty document"
-    return Document(identity, name, text=_storable(text), group=group)
-
-
-def _storable(text: str) -> str:
-    """JSON may spell half of a surrogate pair, which UTF-8 cannot hold."""
-    try:
-        text.encode("utf-8")
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-8", errors="replace").decode("utf-8")
-
-
-def _text(name: str, source: SourceConfig, path: Path, file: str) -> Iterator[tuple[Document | Bad, int]]:
-    if source.document == "file":
-        with _open(path) as stream:
-            raw = stream.read()
-        yield _decoded(name, raw, file, file, 0, 1), len(raw)
-        return
-    block: list[bytes] = []
-    start, first = 0, 1
-    for offset, number, line in _lines(path):
-        if source.document == "line":
-            if line.strip():
-                yield _decoded(name, line, f"{file}:{number}", file, offset, number), len(line) + 1
-            continue
-        if not block:
-            start, first = offset, number
-        if line.strip():
-            block.append(line)
-        elif block:
-            raw = b"\n".join(block)
-            yield _decoded(name, raw, f"{file}:{first}", file, start, first), len(raw) + 1
-            block = []
-    if block:
-        raw = b"\n".join(block)
-        yield _decoded(name, raw, f"{file}:{first}", file, start, first), len(raw) + 1
-
-
-def _decoded(name: str, raw: bytes, identity: str, file: str, offset: int, position: int) -> Document | Bad:
+def _decoded(name: str, raw: bytes, identity: str, file: str, offset: int) -> Document | Bad:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        return Bad(file, offset, position, f"invalid UTF-8 at byte {offset + error.start}", _excerpt(raw))
-    if not text.strip():
-        return Bad(file, offset, position, "empty document")
-    return Document(identity, name, text=text)
+        return Bad(file, offset, f"invalid UTF-8 at byte {offset + error.start}", _excerpt(raw))
+    if not text or text.isspace():
+        return Bad(file, offset, "empty document")
+    return Document(identity, name, text=text, file=file, offset=offset)
 
 
-def _parquet(name: str, source: SourceConfig, path: Path, file: str) -> Iterator[tuple[Document | Bad, int]]:
+def _parquet(source: SourceConfig, partition: Partition, stream: Stored, resume: int | None) -> Iterator[Item]:
+    """One document a row. Row groups are read in batches of the needed columns."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    file = partition.file
     try:
-        table = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(expected=f"a Parquet file at {path}", found=str(error).split("\n")[0], fix=f"write it again, or take it out of sources.{name}.path") from error
-    wanted = {source.id_field, source.group_field}
-    templates = [t for t in (source.template, source.prompt_template, source.response_template) if t is not None]
-    for template in templates:
-        wanted |= {(field or "").split(".")[0].split("[")[0] for _, field, _, _ in Formatter().parse(template)}
-    if not templates:
-        wanted.add(source.messages_field if source.format == "chat" else source.text_field)
-    columns = [column for column in table.schema_arrow.names if column in wanted]
-    position = 0
-    for batch in table.iter_batches(batch_size=1024, columns=columns):
-        size = batch.nbytes // max(1, batch.num_rows)
+        table = pq.ParquetFile(stream, buffer_size=streams.BLOCK)
+    except (pa.ArrowException, OSError) as error:
+        if partition.start == 0 and resume is None:
+            yield Bad(file, 0, f"not a whole Parquet file: {_line(error)}"), 0, 1
+        return
+    named = fields.wanted_fields(source)
+    columns = [column for column in table.schema_arrow.names if column in named]
+    if named.difference(columns):
+        raise DataError(
+            expected=f"columns {', '.join(sorted(named))} in {file}", found=f"columns {', '.join(table.schema_arrow.names)}",
+            fix=f"name the right fields in sources.{partition.source}, or take the file out of its path",
+        )
+    position, stored_size = 0, stream.seek(0, os.SEEK_END)
+    for number in range(table.num_row_groups):
+        group = table.metadata.row_group(number)
+        begins, rows = min(_begin(group), stored_size - 1), position
+        position += group.num_rows
+        if not partition.start <= begins < partition.end or position <= (resume or 0) or not group.num_rows:
+            continue
+        size = max(1, sum(group.column(i).total_uncompressed_size for i in range(group.num_columns) if group.column(i).path_in_schema.split(".")[0] in columns) // group.num_rows)
+        row = rows
         try:
-            rows = batch.to_pylist()
-        except UnicodeDecodeError:
-            rows = [_row(batch, i) for i in range(batch.num_rows)]
-        for row in rows:
-            made: Document | str = "invalid UTF-8" if row is None else _document(name, source, row, f"{file}:{position}")
-            yield (Bad(file, position, position, made) if isinstance(made, str) else made), size
-            position += 1
+            for batch in table.iter_batches(batch_size=max(1, min(8192, BATCH // size)), row_groups=[number], columns=columns):
+                if row + batch.num_rows <= (resume or 0):
+                    row += batch.num_rows
+                    continue
+                for record in _rows(batch):
+                    row += 1
+                    if row <= (resume or 0):
+                        continue
+                    made = record if isinstance(record, str) else fields.make(partition.source, source, record, file, row - 1)
+                    yield (Bad(file, row - 1, made) if isinstance(made, str) else made), size, row
+        except (pa.ArrowException, OSError) as error:
+            yield Bad(file, row, f"damaged Parquet data: {_line(error)}; rows {row} to {position - 1} are lost"), (position - row) * size, position
 
 
-def _row(batch: Any, i: int) -> dict[str, Any] | None:
+def _begin(group: Any) -> int:
+    """Byte a row group begins at."""
+    columns = [group.column(i) for i in range(group.num_columns)]
+    return max(0, min((column.dictionary_page_offset or column.data_page_offset for column in columns), default=0))
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """Rows as Python values; one by one where some are not UTF-8."""
     try:
-        return batch.slice(i, 1).to_pylist()[0]
+        yield from batch.to_pylist()
+        return
     except UnicodeDecodeError:
-        return None
+        pass
+    for i in range(batch.num_rows):
+        try:
+            yield batch.slice(i, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            yield f"invalid UTF-8 at byte {error.start} of a field"
+
+
+def _line(error: Exception) -> str:
+    return str(error).split("\n")[0]

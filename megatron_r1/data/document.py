@@ -26,6 +26,8 @@ class Document:
     messages: tuple[Message, ...] | None = None
     group: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    file: str = ""
+    offset: int = -1
 
     def content(self) -> str:
         """All text, for filters and tokenizer training."""

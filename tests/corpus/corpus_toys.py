@@ -41,3 +41,9 @@ def make(folder: Path, settings: CorpusConfig, name: str = "corpus", inputs: dic
 def contents(folder: Path) -> dict[str, bytes]:
     """Every payload file's bytes."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json"}
+
+
+def line_offsets(path: Path) -> list[int]:
+    """Byte every line begins at: what ids by position are made of."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [sum(map(len, lines[:i])) for i in range(len(lines))]

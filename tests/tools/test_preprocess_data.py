@@ -73,7 +73,7 @@ def test_bad_lines_are_listed(setting, tmp_path, capsys):
     assert "1 of 41" in capsys.readouterr().err
     bad = tmp_path / "out" / "d_text_document.bad.jsonl"
     record = json.loads(bad.read_text())
-    assert (record["position"], record["excerpt"]) == (41, "broken")
+    assert (record["offset"], record["excerpt"]) == (source.stat().st_size - len("broken\n"), "broken")
     assert tool.main([*flags, "--max-bad-ratio", "0.1"]) == 0
     assert len(documents(tmp_path / "out" / "d_text_document")) == 40
 

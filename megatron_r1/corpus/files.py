@@ -1,0 +1,262 @@
+"""Input files, here or elsewhere: found, described, opened. Anything with `://` goes through fsspec (s3://, hf://, https://, memory://).
+
+A file is described once, when the work is planned; whoever reads it later compares, so that bytes of two versions never mix.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import os
+import posixpath
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import Field
+
+from megatron_r1.config.base import Frozen
+from megatron_r1.corpus.config import SourceConfig
+from megatron_r1.utils.errors import DataError, EnvironmentProblem, R1Error
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
+ENDINGS = {"jsonl": (".jsonl", ".json", ".ndjson"), "text": (".txt", ".text", ".md", ".rst", ".py"), "parquet": (".parquet",)}
+BLOCK = 1 << 20
+STAMPS = ("ETag", "etag", "oid", "blob_id", "sha256", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "modified", "created")
+"""What file systems call that which changes when a file does; the first they know is taken."""
+
+
+class InputFile(Frozen):
+    """One input file as it was when the work was planned."""
+
+    name: str = Field(description="name in ids and records: relative to what all files of the source share, so that it does not depend on the machine")
+    path: str = Field(description="path on this machine, or URL")
+    size: int = Field(description="bytes as stored")
+    stamp: str = Field(description="modification time (ns) or what the store calls the version")
+
+    @property
+    def suffix(self) -> str:
+        """The ending that says how the file is compressed; empty when it is not."""
+        suffix = posixpath.splitext(self.name)[1].lower()
+        return suffix if suffix in COMPRESSED else ""
+
+
+def remote(path: str) -> bool:
+    """Whether a path goes through fsspec."""
+    return "://" in path
+
+
+def find_files(name: str, source: SourceConfig) -> list[InputFile]:
+    """The files of a source, sorted by name: a file, all that fit in a folder (and below), or those of a pattern.
+
+    Raises DataError when there are none, EnvironmentProblem when a store can not be reached.
+    """
+    pattern = os.path.expandvars(os.path.expanduser(source.path or ""))
+    endings = ENDINGS[source.kind]
+    found = _remote_files(pattern, endings) if remote(pattern) else [_local(path) for path in _local_files(pattern, endings)]
+    if not found:
+        raise DataError(
+            expected=f"files of source {name!r} at {source.path}", found="none",
+            fix=f"correct sources.{name}.path (a folder is searched for {', '.join(endings)}, also with {', '.join(COMPRESSED)} behind)",
+        )
+    return sorted(_named(found), key=lambda file: file.name)
+
+
+def describe(paths: Iterable[str | Path]) -> list[InputFile]:
+    """Exactly these files, in this order. Raises DataError for one that is not there, EnvironmentProblem when a store can not be reached."""
+    found: list[tuple[str, int, str]] = []
+    for path in map(str, paths):
+        found += [_stat(path)]
+    return _named(found)
+
+
+def check_unchanged(file: InputFile) -> None:
+    """Raise DataError unless the file is what it was when the work was planned."""
+    _, size, stamp = _stat(file.path)
+    if (size, stamp) != (file.size, file.stamp):
+        raise DataError(
+            expected=f"{file.path} as it was when this run began ({file.size} bytes)", found=f"it was changed since ({size} bytes, version {stamp} instead of {file.stamp})",
+            fix="wait until whatever writes it is done, then run the same command again",
+        )
+
+
+class Stored(io.RawIOBase):
+    """The bytes of an input file as stored. Opening, reading and seeking raise DataError when the file is gone and
+    EnvironmentProblem for what else is the machine's or the store's fault, so that neither is taken for damage."""
+
+    def __init__(self, file: InputFile) -> None:
+        self._path = file.path
+        with _access(file.path):
+            self._stream: IO[bytes] = _filesystem(file.path).open(_bare(file.path), "rb", block_size=8 * BLOCK) if remote(file.path) else io.FileIO(file.path)
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to `size` bytes; none at the end."""
+        with _access(self._path):
+            return self._stream.read(size)
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer as far as it goes; returns bytes."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a byte."""
+        with _access(self._path):
+            return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        """The present byte."""
+        return self._stream.tell()
+
+    def close(self) -> None:
+        """Close the file below."""
+        self._stream.close()
+        super().close()
+
+
+def sha256(file: InputFile) -> str:
+    """Hex SHA-256 of the bytes as stored."""
+    digest = hashlib.sha256()
+    with Stored(file) as stream:
+        while block := stream.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _stat(path: str) -> tuple[str, int, str]:
+    if not remote(path):
+        return _local(Path(path))
+    with _access(path):
+        filesystem = _filesystem(path)
+        filesystem.invalidate_cache()
+        return _described(path, filesystem.info(_bare(path)))
+
+
+def _local(path: Path) -> tuple[str, int, str]:
+    with _access(str(path)):
+        state = path.stat()
+        return str(path), state.st_size, str(state.st_mtime_ns)
+
+
+def _local_files(pattern: str, endings: tuple[str, ...]) -> list[Path]:
+    if os.path.isdir(pattern):
+        return [path for path in _walk(Path(pattern)) if _fits(path.name, endings)]
+    if os.path.exists(pattern):
+        return [Path(pattern)]
+    if "**" not in pattern:
+        return [Path(path) for path in glob.glob(pattern) if os.path.isfile(path)]
+    root = pattern.split("**")[0]
+    fits = re.compile(glob_regex(pattern))
+    return [path for path in _walk(Path(root if root.endswith("/") else os.path.dirname(root) or ".")) if fits.fullmatch(str(path))]
+
+
+def glob_regex(pattern: str) -> str:
+    """A pattern with `**` as a regular expression over whole paths."""
+    from fsspec.utils import glob_translate
+
+    return glob_translate(str(Path(pattern)))
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Files below `root`; links are followed, but no folder is entered twice (links may form circles)."""
+    entered: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_refused):
+        state = os.stat(folder)
+        if (state.st_dev, state.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((state.st_dev, state.st_ino))
+        folders.sort()
+        yield from (path for name in sorted(names) if (path := Path(folder, name)).is_file())
+
+
+def _refused(error: OSError) -> None:
+    raise _problem(str(error.filename), error) from error
+
+
+def _fits(name: str, endings: tuple[str, ...]) -> bool:
+    stem, suffix = posixpath.splitext(name)
+    return (posixpath.splitext(stem)[1] if suffix.lower() in COMPRESSED else suffix).lower() in endings
+
+
+def _remote_files(pattern: str, endings: tuple[str, ...]) -> list[tuple[str, int, str]]:
+    with _access(pattern):
+        filesystem, bare = _filesystem(pattern), _bare(pattern)
+        filesystem.invalidate_cache()
+        if any(char in bare for char in "*?["):
+            entries = filesystem.glob(bare, detail=True)
+        elif filesystem.isfile(bare):
+            return [_described(pattern, filesystem.info(bare))]
+        else:
+            entries = {path: info for path, info in filesystem.find(bare, detail=True).items() if _fits(path, endings)}
+        return [_described(filesystem.unstrip_protocol(path), info) for path, info in entries.items() if info["type"] == "file"]
+
+
+def _described(path: str, info: dict[str, Any]) -> tuple[str, int, str]:
+    if info.get("size") is None:
+        raise EnvironmentProblem(expected=f"a store that tells the size of {path}", found="none told", fix="download the file and read it from disk")
+    return path, int(info["size"]), next((str(info[key]) for key in STAMPS if info.get(key) is not None), "")
+
+
+def _named(found: list[tuple[str, int, str]]) -> list[InputFile]:
+    """With names relative to what all share."""
+    bare = [re.split(r"[?#]", path)[0] if remote(path) else Path(path).as_posix() for path, _, _ in found]
+    folders = {posixpath.dirname(path) for path in bare}
+    try:
+        root = posixpath.commonpath(folders) if folders else ""
+    except ValueError:  # absolute and relative ones
+        root = ""
+    return [InputFile(name=posixpath.relpath(name, root) if root else name, path=path, size=size, stamp=stamp) for name, (path, size, stamp) in zip(bare, found, strict=True)]
+
+
+def _filesystem(path: str) -> Any:
+    import fsspec
+
+    return fsspec.core.url_to_fs(path)[0]
+
+
+def _bare(path: str) -> str:
+    import fsspec
+
+    return fsspec.core.url_to_fs(path)[1]
+
+
+@contextmanager
+def _access(path: str) -> Iterator[None]:
+    """Whatever a file system raises, as an error that says what to do."""
+    try:
+        yield
+    except R1Error:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(expected=f"a file {path}", found="no such file", fix="correct the path; if it was moved or deleted while the run went on, put it back and run the same command again") from error
+    except OSError as error:
+        raise _problem(path, error) from error
+    except Exception as error:
+        # Stores raise exceptions of their own libraries; here they are the store's, because only its calls stand in the block.
+        if not remote(path):
+            raise
+        raise _problem(path, error) from error
+
+
+def _problem(path: str, error: Exception) -> EnvironmentProblem:
+    found = f"{type(error).__name__}: {error}"
+    if isinstance(error, ImportError):
+        fix = "install what the message names (s3:// needs s3fs, hf:// huggingface_hub, https:// aiohttp)"
+    elif remote(path):
+        fix = "check the address, the network and the store's credentials (s3: AWS_PROFILE or AWS_ACCESS_KEY_ID, hf: HF_TOKEN), then run the same command again"
+    else:
+        fix = "check the permissions and the disk, then run the same command again"
+    return EnvironmentProblem(expected=f"to read {path}", found=found, fix=fix)
