@@ -1,40 +1,46 @@
 """Training batches as numpy arrays, each a pure function of the sample numbers asked for.
 
-Legend: b rows of a batch, s tokens of a row. A batch holds tokens, labels, position_ids int64[b, s], loss_mask float32[b, s],
+Legend: b rows of a batch, s tokens of a row. A batch holds tokens, labels, position_ids int32[b, s], loss_mask float32[b, s],
 segment_ids int32[b, s] (number of the document within the row, from 0; padding -1), source_ids int32[b] (index into
 `source_names`) and document_ids (a list of b int64 arrays: the numbers, in their shard, of the row's documents in order).
+Token numbers are 32 bits wide until they are where the model is: half the memory to write, and half to upload.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
 
 from megatron_r1.data.mixture_order import MixtureOrder
-from megatron_r1.data.packing import best_fit_decreasing
+from megatron_r1.data.packing import Rows, best_fit_decreasing
 from megatron_r1.data.shards import Shard
-from megatron_r1.data.view import TokenStream
-from megatron_r1.utils.errors import DataError
+from megatron_r1.data.view import TokenStream, Windows
+from megatron_r1.utils.errors import DataError, R1Error
 from megatron_r1.utils.seeding import derive_seed, generator
 
 Batch = dict[str, Any]
+PER_TOKEN = ("tokens", "labels", "loss_mask", "position_ids", "segment_ids")
+MASK_PIECE = 1 << 22
+"""Loss masks are looked through in pieces of about so many tokens."""
 
 
-def collate(rows: list[Batch]) -> Batch:
-    """Rows [s] to a batch [b, s]."""
-    batch: Batch = {key: np.stack([row[key] for row in rows]) for key in ("tokens", "labels", "loss_mask", "position_ids", "segment_ids")}
-    batch["source_ids"] = np.asarray([row["source_id"] for row in rows], np.int32)
-    batch["document_ids"] = [row["document_ids"] for row in rows]
-    return batch
+def row_of(batch: Batch) -> Batch:
+    """The row of a batch of one: arrays [s], `source_id` and `document_ids` of this row."""
+    return {**{key: batch[key][0] for key in PER_TOKEN}, "source_id": int(batch["source_ids"][0]), "document_ids": batch["document_ids"][0]}
 
 
-def restart(segments: np.ndarray) -> np.ndarray:
-    """Positions counted from the beginning of each run of equal segment numbers: int64[s]."""
-    positions = np.arange(len(segments), dtype=np.int64)
-    starts = np.flatnonzero(np.diff(segments, prepend=segments[:1] - 1))
-    return positions - np.repeat(starts, np.diff(np.append(starts, len(segments))))
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Errors say what was being read when they came up: a batch is read by another thread, long before it is needed."""
+    try:
+        yield
+    except R1Error as error:
+        raise type(error)(expected=error.expected, found=f"{error.found} (while reading {what})", fix=error.fix) from error
+    except OSError as error:
+        raise DataError(expected=f"{what} to be readable", found=f"{type(error).__name__}: {error}", fix="look at the disk or file system the shards are on, then run the same command again") from error
 
 
 class PretrainDataset:
@@ -59,25 +65,46 @@ class PretrainDataset:
 
     def sample(self, index: int) -> Batch:
         """Row `index` of the run (0-based), arrays [s]."""
-        source, block, _ = self.order.locate(int(index))
-        s = self.seq_length
-        tokens, owner = self.streams[source].read(block * s, s + 1)
-        segments = np.zeros(s + 1, np.int32)
-        segments[1:] = np.cumsum(owner[1:] != owner[:-1])
-        documents = owner[np.flatnonzero(np.diff(segments[:s], prepend=-1))]
-        loss_mask, positions = np.ones(s, np.float32), np.arange(s, dtype=np.int64)
-        if self.reset_documents:
-            loss_mask[segments[1:] != segments[:-1]] = 0.0
-            positions = restart(segments[:s])
-        return {
-            "tokens": tokens[:-1].astype(np.int64), "labels": tokens[1:].astype(np.int64), "loss_mask": loss_mask, "position_ids": positions,
-            "segment_ids": segments[:s] if self.reset_documents else np.zeros(s, np.int32),
-            "source_id": self._source_id[source], "document_ids": documents,
-        }
+        return row_of(self.batch([index]))
 
     def batch(self, indices: Iterable[int]) -> Batch:
-        """Rows `indices` of the run, arrays [b, s]."""
-        return collate([self.sample(int(index)) for index in indices])
+        """Rows `indices` of the run, arrays [b, s]. Raises DataError, which names source and blocks, when a file is damaged."""
+        located = [self.order.locate(int(index)) for index in indices]
+        b, s = len(located), self.seq_length
+        sources = np.asarray([self._source_id[found.source] for found in located], np.int32)
+        blocks = np.asarray([found.block for found in located], np.int64)
+        window = np.empty((b, s + 1), np.int32)
+        batch: Batch = {
+            "tokens": window[:, :-1], "labels": window[:, 1:], "loss_mask": np.ones((b, s), np.float32), "position_ids": np.empty((b, s), np.int32),
+            "segment_ids": np.zeros((b, s), np.int32), "source_ids": sources, "document_ids": [None] * b,
+        }
+        order = np.argsort(sources, kind="stable")
+        for rows in np.split(order, np.flatnonzero(np.diff(sources[order])) + 1):
+            name = self.source_names[sources[rows[0]]]
+            with reading(f"blocks {', '.join(map(str, blocks[rows].tolist()))} of {name}"):
+                found = self.streams[name].windows(blocks[rows] * s, s + 1)
+            window[rows] = found.tokens
+            self._documents(batch, rows, found)
+        if not self.reset_documents:
+            batch["position_ids"][:] = np.arange(s, dtype=np.int32)
+        return batch
+
+    def _documents(self, batch: Batch, rows: np.ndarray, found: Windows) -> None:
+        """Fill what depends on where the documents of `rows` begin."""
+        n = self.seq_length + 1
+        first = np.searchsorted(found.row, np.arange(len(rows) + 1))
+        for i, row in enumerate(rows.tolist()):
+            # The last token is a label only: a document that begins there is not one of the row's.
+            batch["document_ids"][row] = found.document[first[i] : first[i + 1] - (found.begin[first[i + 1] - 1] == n - 1)]
+        if self.reset_documents:
+            flat = found.row * n + found.begin
+            lengths = np.diff(np.append(flat, len(rows) * n))
+            segments = np.repeat((np.arange(len(flat)) - first[found.row]).astype(np.int32), lengths)
+            positions = np.arange(len(rows) * n, dtype=np.int32) - np.repeat(flat.astype(np.int32), lengths)
+            batch["segment_ids"][rows] = segments.reshape(-1, n)[:, :-1]
+            batch["position_ids"][rows] = positions.reshape(-1, n)[:, :-1]
+            inside = found.begin > 0
+            batch["loss_mask"][rows[found.row[inside]], found.begin[inside] - 1] = 0.0
 
 
 class SftDataset:
@@ -86,6 +113,7 @@ class SftDataset:
     Each source is packed by best-fit decreasing, once; a conversation longer than s + 1 tokens loses its end (`truncated`
     counts them) and one without a token to learn is left out (`without_target`). weights: share of rows per source; None
     takes every row once per epoch. mask: learn assistant tokens, or all of them. Row numbers may exceed len(): each epoch has its own order.
+    Memory: a few numbers per conversation; masks are read once, in pieces.
     """
 
     def __init__(
@@ -98,31 +126,38 @@ class SftDataset:
         self._source_id = {name: i for i, name in enumerate(self.source_names)}
         self.truncated: dict[str, int] = {}
         self.without_target: dict[str, int] = {}
-        self.rows: dict[str, list[np.ndarray]] = {name: self._pack(name, seed) for name in self.source_names}
+        self.rows: dict[str, Rows] = {name: self._pack(name, seed) for name in self.source_names}
         blocks = {name: len(rows) for name, rows in self.rows.items()}
         shares: Mapping[str, float] = {name: count for name, count in blocks.items() if count} if weights is None else weights
         if not any(blocks.values()):
             raise DataError(expected="at least one conversation to learn from", found=f"none in {', '.join(self.source_names) or 'no source'}", fix="add chat sources to the corpus step")
         self.order = MixtureOrder(blocks, shares, derive_seed(seed, "sft"), start)
 
-    def _targets(self, name: str, document: int) -> np.ndarray:
-        """1 where the token is to be predicted, for all tokens but the first: [n - 1], cut to s."""
-        mask = self.shards[name].mask(document)
-        n = min(int(self.shards[name].lengths[document]), self.seq_length + 1)
-        if self.mask == "all" or mask is None:
-            return np.ones(max(n - 1, 0), np.uint8)
-        return mask[1:n]
-
-    def _pack(self, name: str, seed: int) -> list[np.ndarray]:
+    def _pack(self, name: str, seed: int) -> Rows:
         shard = self.shards[name]
         # A shuffle first: equal lengths keep their order in the packing, and files are often sorted by topic.
         shuffled = generator(seed, "sft", "pack", name).permutation(len(shard))
-        usable = [int(i) for i in shuffled if self._targets(name, int(i)).any()]
+        usable = shuffled[self._learnable(shard)[shuffled]]
         self.without_target[name] = len(shard) - len(usable)
-        lengths = np.asarray([shard.lengths[i] - 1 for i in usable], np.int64)
+        lengths = shard.lengths[usable].astype(np.int64) - 1
         self.truncated[name] = int((lengths > self.seq_length).sum())
-        bins = best_fit_decreasing(np.minimum(lengths, self.seq_length), self.seq_length)
-        return [np.asarray([usable[i] for i in row], np.int64) for row in bins]
+        rows = best_fit_decreasing(lengths, self.seq_length)
+        return Rows(usable[rows.items], rows.offsets)
+
+    def _learnable(self, shard: Shard) -> np.ndarray:
+        """Whether a document has a token to predict among its first s + 1: bool[documents]."""
+        ends = shard.offsets[:-1] + np.minimum(shard.lengths, self.seq_length + 1)
+        if self.mask == "all" or not shard.masked:
+            return ends > shard.offsets[:-1] + 1
+        found = np.zeros(len(shard), bool)
+        first = 0
+        while first < len(shard):
+            last = max(first + 1, int(np.searchsorted(shard.offsets, shard.offsets[first] + MASK_PIECE, side="right")) - 1)
+            begin = int(shard.offsets[first])
+            learnt = begin + np.flatnonzero(shard.read_mask(begin, int(ends[last - 1]) - begin))
+            found[first:last] = np.searchsorted(learnt, shard.offsets[first:last] + 1) < np.searchsorted(learnt, ends[first:last])
+            first = last
+        return found
 
     def __len__(self) -> int:
         """Rows of one epoch."""
@@ -130,25 +165,35 @@ class SftDataset:
 
     def sample(self, index: int) -> Batch:
         """Row `index` of the run (0-based), arrays [s]."""
-        source, block, _ = self.order.locate(int(index))
-        documents = self.rows[source][block]
-        s = self.seq_length
-        tokens, labels = np.full(s, self.pad_id, np.int64), np.full(s, self.pad_id, np.int64)
-        loss_mask, segments = np.zeros(s, np.float32), np.full(s, -1, np.int32)
-        positions = np.zeros(s, np.int64)
-        at = 0
-        for number, document in enumerate(documents):
-            ids = self.shards[source].tokens(int(document))[: s + 1]
-            n = len(ids) - 1
-            tokens[at : at + n], labels[at : at + n] = ids[:-1], ids[1:]
-            loss_mask[at : at + n] = self._targets(source, int(document))
-            segments[at : at + n], positions[at : at + n] = number, np.arange(n)
-            at += n
-        return {
-            "tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": positions, "segment_ids": segments,
-            "source_id": self._source_id[source], "document_ids": documents,
-        }
+        return row_of(self.batch([index]))
 
     def batch(self, indices: Iterable[int]) -> Batch:
-        """Rows `indices` of the run, arrays [b, s]."""
-        return collate([self.sample(int(index)) for index in indices])
+        """Rows `indices` of the run, arrays [b, s]. Raises DataError, which names the conversation, when a file is damaged."""
+        located = [self.order.locate(int(index)) for index in indices]
+        shape = (len(located), self.seq_length)
+        batch: Batch = {
+            "tokens": np.full(shape, self.pad_id, np.int32), "labels": np.full(shape, self.pad_id, np.int32), "loss_mask": np.zeros(shape, np.float32),
+            "position_ids": np.zeros(shape, np.int32), "segment_ids": np.full(shape, -1, np.int32),
+            "source_ids": np.asarray([self._source_id[found.source] for found in located], np.int32),
+            "document_ids": [self.rows[found.source][found.block] for found in located],
+        }
+        for row, (found, documents) in enumerate(zip(located, batch["document_ids"])):
+            self._fill({key: batch[key][row] for key in PER_TOKEN}, found.source, documents)
+        return batch
+
+    def _fill(self, row: Batch, source: str, documents: np.ndarray) -> None:
+        shard = self.shards[source]
+        inputs = np.minimum(shard.lengths[documents], self.seq_length + 1).astype(np.int64) - 1
+        ends = np.cumsum(inputs)
+        total = int(ends[-1])
+        row["segment_ids"][:total] = np.repeat(np.arange(len(documents)), inputs)
+        row["position_ids"][:total] = np.arange(total) - np.repeat(ends - inputs, inputs)
+        learn_all = self.mask == "all" or not shard.masked
+        if learn_all:
+            row["loss_mask"][:total] = 1.0
+        for document, start, end, n in zip(documents.tolist(), shard.offsets[documents].tolist(), ends.tolist(), inputs.tolist()):
+            with reading(f"conversation {document} of {source}"):
+                ids = shard.read(start, n + 1)
+                row["tokens"][end - n : end], row["labels"][end - n : end] = ids[:-1], ids[1:]
+                if not learn_all:
+                    row["loss_mask"][end - n : end] = shard.read_mask(start + 1, n)

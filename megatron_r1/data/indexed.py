@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from megatron_r1.utils.errors import DataError
 from megatron_r1.utils.io import atomic_write_bytes, disk_errors
@@ -181,6 +182,24 @@ class BlockReader:
                 if not self._good[block]:
                     self._check(block)
         return self.data[start:stop]
+
+    def windows(self, starts: np.ndarray, n: int, dtype: np.dtype) -> np.ndarray:
+        """Copies [k, n] of the file's numbers of type `dtype` from number starts[k], checked."""
+        width = dtype.itemsize
+        if n < 1 or starts.min() < 0 or (starts.max() + n) * width > self.size:
+            raise DataError(expected=f"ranges inside the {self.size // width} numbers of {self.path}", found=f"{starts.min()} to {starts.max() + n}", fix=self.fix)
+        if self.checked:
+            good = np.frombuffer(self._good, np.uint8)
+            block, last = starts * width // BLOCK, ((starts + n) * width - 1) // BLOCK
+            while True:
+                for bad in np.unique(block[good[block] == 0]):
+                    self._check(int(bad))
+                if (block >= last).all():
+                    break
+                block = np.minimum(block + 1, last)
+        numbers = self.data[: self.size // width * width].view(dtype)
+        # Every window is a row of this view, so picking rows copies whole windows, without an index for every token.
+        return as_strided(numbers, (len(numbers) - n + 1, n), (width, width), writeable=False)[starts]
 
     def verify(self) -> None:
         """Check every block now."""

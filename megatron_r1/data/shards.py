@@ -164,6 +164,19 @@ class Shard:
         width = self.dtype.itemsize
         return self._readers[".bin"].bytes(start * width, (start + n) * width).view(self.dtype)
 
+    def windows(self, starts: np.ndarray, n: int) -> np.ndarray:
+        """Tokens [k, n] from positions `starts` int[k]: `read` for many at once, copied."""
+        return self._readers[".bin"].windows(starts, n, self.dtype)
+
+    @property
+    def masked(self) -> bool:
+        """Whether documents have loss masks."""
+        return ".mask" in self._readers
+
+    def read_mask(self, start: int, n: int) -> np.ndarray:
+        """Loss mask uint8[n] from position `start` of all documents end to end. Only of a shard that is `masked`."""
+        return self._readers[".mask"].bytes(start, start + n)
+
     def verify(self) -> None:
         """Check every block of every file, and that they agree. Raises DataError naming the first damaged one."""
         for reader in self._readers.values():

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from megatron_r1.data.shards import Shard
 from megatron_r1.utils.errors import DataError
+
+
+class Windows(NamedTuple):
+    """Equally long stretches of a stream, and the pieces of documents they are made of, in order, none empty.
+
+    tokens int32[k, n]; row, begin, document int64[p]: piece i starts at column begin[i] of window row[i], ends where the next
+    begins or the window ends, and belongs to document document[i] of the shard.
+    """
+
+    tokens: np.ndarray
+    row: np.ndarray
+    begin: np.ndarray
+    document: np.ndarray
 
 
 class TokenStream:
@@ -16,20 +31,19 @@ class TokenStream:
 
     def __init__(self, shard: Shard, keep: np.ndarray | None = None) -> None:
         self.shard = shard
-        if keep is None:
-            self.documents: np.ndarray | None = None
-            lengths = shard.lengths
-        else:
-            keep = np.asarray(keep)
-            if keep.dtype == bool and len(keep) != len(shard):
-                raise DataError(
-                    expected=f"one keep flag for each of the {len(shard)} documents of {shard.label}", found=f"{len(keep)} flags",
-                    fix="use the mixture together with the shards it was made for",
-                )
-            self.documents = np.flatnonzero(keep) if keep.dtype == bool else keep.astype(np.int64)
-            lengths = shard.lengths[self.documents]
-        self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+        self.documents: np.ndarray | None = None
+        self.offsets = shard.offsets
         """First token of every document in the stream, and the end: int64[documents + 1]."""
+        if keep is None:
+            return
+        keep = np.asarray(keep)
+        if keep.dtype == bool and len(keep) != len(shard):
+            raise DataError(
+                expected=f"one keep flag for each of the {len(shard)} documents of {shard.label}", found=f"{len(keep)} flags",
+                fix="use the mixture together with the shards it was made for",
+            )
+        self.documents = np.flatnonzero(keep) if keep.dtype == bool else keep.astype(np.int64)
+        self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(shard.lengths[self.documents], dtype=np.int64)])
 
     @property
     def n_tokens(self) -> int:
@@ -40,28 +54,32 @@ class TokenStream:
         """How many blocks of `seq_length` targets the stream holds (a block reads one token more than it predicts)."""
         return max(0, (self.n_tokens - 1) // seq_length)
 
-    def read(self, start: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int32[n] from `start`, and the number int64[n] of the document (in the shard) each belongs to.
+    def windows(self, starts: np.ndarray, n: int) -> Windows:
+        """The windows of n >= 1 tokens from `starts` int[k].
 
-        O(log documents) to find the place. Raises DataError outside the stream.
+        O(log documents) to find each place, no loop over windows of a whole shard. Raises DataError outside the stream.
         """
-        if start < 0 or n < 0 or start + n > self.n_tokens:
-            raise DataError(
-                expected=f"a range inside the {self.n_tokens} tokens of {self.shard.label}", found=f"tokens {start} to {start + n}",
-                fix="count blocks with TokenStream.blocks",
-            )
-        if n == 0:
-            return np.zeros(0, np.int32), np.zeros(0, np.int64)
-        first = int(np.searchsorted(self.offsets, start, side="right")) - 1
-        last = int(np.searchsorted(self.offsets, start + n, side="left"))
-        edges = np.clip(self.offsets[first : last + 1], start, start + n) - start
-        numbers = np.arange(first, last) if self.documents is None else self.documents[first:last]
-        owner = np.repeat(numbers, np.diff(edges))
+        starts = np.asarray(starts, np.int64)
+        if len(starts) == 0 or n < 1 or starts.min() < 0 or starts.max() + n > self.n_tokens:
+            found = f"tokens {starts.min()} to {starts.max() + n}" if len(starts) else "none asked for"
+            raise DataError(expected=f"ranges inside the {self.n_tokens} tokens of {self.shard.label}", found=found, fix="count blocks with TokenStream.blocks")
+        first = np.searchsorted(self.offsets, starts, side="right") - 1
+        many = np.searchsorted(self.offsets, starts + n, side="left") - first
+        row = np.repeat(np.arange(len(starts)), many)
+        place = np.arange(len(row)) + np.repeat(first - (np.cumsum(many) - many), many)
+        start = starts[row]
+        begin = np.maximum(self.offsets[place], start)
+        solid = np.minimum(self.offsets[place + 1], start + n) > begin
+        row, place, start, begin = row[solid], place[solid], start[solid], begin[solid]
+        pieces = row, begin - start
         if self.documents is None:
-            return self.shard.read(start, n).astype(np.int32), owner
-        tokens = np.empty(n, np.int32)
-        for i, document in enumerate(numbers):
-            begin = max(0, start - int(self.offsets[first + i]))
-            where = int(self.shard.offsets[document]) + begin
-            tokens[edges[i] : edges[i + 1]] = self.shard.read(where, int(edges[i + 1] - edges[i]))
-        return tokens, owner
+            return Windows(self.shard.windows(starts, n).astype(np.int32), *pieces, place)
+        document = self.documents[place]
+        # Where the tokens are in the shard, and where they go. Neighbours in both are copied together.
+        source, target = self.shard.offsets[document] + begin - self.offsets[place], row * n + begin - start
+        runs = np.flatnonzero(np.diff(source - target, prepend=-1 - int(target[-1])))
+        tokens = np.empty(len(starts) * n, np.int32)
+        edges = np.append(target[runs], len(tokens)).tolist()
+        for i, at in enumerate(source[runs].tolist()):
+            tokens[edges[i] : edges[i + 1]] = self.shard.read(at, edges[i + 1] - edges[i])
+        return Windows(tokens.reshape(-1, n), *pieces, document)

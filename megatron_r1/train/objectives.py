@@ -24,13 +24,14 @@ from megatron_r1.train.teacher import Teacher, TrainedTeacher, documents_apart
 from megatron_r1.train.topk_cache import TopKCache
 
 TENSORS = ("tokens", "labels", "loss_mask", "segment_ids", "position_ids", "source_ids")
+NUMBERS = ("tokens", "labels", "position_ids")
 Arrays = Mapping[str, Any]
 Tensors = dict[str, Tensor]
 
 
 def to_tensors(batch: Arrays, device: torch.device) -> Tensors:
-    """The arrays of a batch a forward pass needs, on the device."""
-    return {key: torch.from_numpy(batch[key]).to(device, non_blocking=True) for key in TENSORS}
+    """The arrays of a batch a forward pass needs, on the device; token numbers, labels and positions in 64 bits."""
+    return {key: torch.from_numpy(batch[key]).to(device, torch.int64 if key in NUMBERS else None, non_blocking=True) for key in TENSORS}
 
 
 class Objective:

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 from data_toys import toy_shard
 
-from megatron_r1.data.dataset import PretrainDataset, SftDataset, restart
+from megatron_r1.data import dataset, indexed
+from megatron_r1.data.dataset import PretrainDataset, SftDataset
 from megatron_r1.data.mixture_order import MixtureOrder
+from megatron_r1.data.shards import Shard
 from megatron_r1.data.view import TokenStream
 from megatron_r1.utils.errors import DataError
 
 S = 8
-SHAPES = {"tokens": np.int64, "labels": np.int64, "loss_mask": np.float32, "position_ids": np.int64, "segment_ids": np.int32}
+SHAPES = {"tokens": np.int32, "labels": np.int32, "loss_mask": np.float32, "position_ids": np.int32, "segment_ids": np.int32}
 
 
 def pretrain(tmp_path, reset, weights=None):
@@ -32,7 +34,7 @@ def test_shapes_and_types(tmp_path, reset):
 def test_an_epoch_predicts_every_token_once(tmp_path):
     data, streams, _ = pretrain(tmp_path, False, {"a": 1.0})
     n = streams["a"].blocks(S)
-    whole, _ = streams["a"].read(0, streams["a"].n_tokens)
+    whole = streams["a"].shard.read(0, streams["a"].n_tokens)
     blocks = {data.order.locate(i).block: data.sample(i) for i in range(n)}
     assert np.concatenate([blocks[i]["labels"] for i in range(n)]).tolist() == whole[1 : n * S + 1].tolist()
     assert np.concatenate([blocks[i]["tokens"] for i in range(n)]).tolist() == whole[: n * S].tolist()
@@ -44,7 +46,7 @@ def test_documents_are_separated_when_asked(tmp_path):
     for i in range(8):
         row = data.sample(i)
         source, block, _ = order.locate(i)
-        _, owner = streams[source].read(block * S, S + 1)
+        owner = np.repeat(np.arange(7), streams[source].shard.lengths)[block * S : block * S + S + 1]
         assert row["segment_ids"].tolist() == np.unique(owner[:S], return_inverse=True)[1].tolist()
         assert row["loss_mask"].tolist() == (owner[1:] == owner[:-1]).astype(float).tolist()
         assert row["document_ids"].tolist() == sorted(set(owner[:S].tolist()))
@@ -75,10 +77,6 @@ def test_streams_shorter_than_the_order_says(tmp_path):
     _, streams, _ = pretrain(tmp_path, True)
     with pytest.raises(DataError, match="100 blocks"):
         PretrainDataset(streams, MixtureOrder({"a": 100}, {"a": 1.0}, 0), S, True)
-
-
-def test_restart():
-    assert restart(np.asarray([0, 0, 1, 2, 2, 2])).tolist() == [0, 1, 0, 0, 1, 2]
 
 
 def sft(tmp_path, lengths, masks=True, **options):
@@ -134,6 +132,41 @@ def test_weights_between_sources(tmp_path):
     assert natural.batch(range(50))["source_ids"].tolist().count(0) == 10
     weighted = SftDataset({"a": first, "b": second}, S, 0, None, {"a": 3.0, "b": 1.0})
     assert weighted.batch(range(40))["source_ids"].tolist().count(0) == 30
+
+
+@pytest.mark.parametrize("mask", ["assistant", "all"])
+@pytest.mark.parametrize("piece", [1, 7, 1 << 22])
+def test_what_can_be_learnt_from_is_found_in_any_pieces(tmp_path, monkeypatch, mask, piece):
+    monkeypatch.setattr(dataset, "MASK_PIECE", piece)
+    lengths = [1, 3, 0, 40, 16, 17, 0, 2, 1, 9, 4]
+    data, shard, _ = sft(tmp_path, lengths, mask=mask)
+    wanted = [i for i, n in enumerate(lengths) if n > 1 and (mask == "all" or shard.mask(i)[1 : S + 1].any())]
+    assert sorted(data.rows["chat"].items.tolist()) == wanted
+    assert data.without_target == {"chat": len(lengths) - len(wanted)}
+
+
+def test_damage_names_the_source_and_the_conversation(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexed, "BLOCK", 8)
+    _, shard, _ = sft(tmp_path, [6, 7, 8])
+    path = tmp_path / "chat" / "train.bin"
+    raw = bytearray(path.read_bytes())
+    raw[30] ^= 1
+    path.write_bytes(raw)
+    damaged = Shard(tmp_path / "chat" / "train", shard.record)
+    data = SftDataset({"chat": damaged}, S, 1, None)
+    with pytest.raises(DataError, match="reading conversation [12] of chat"):
+        data.batch(range(len(data)))
+    stream = TokenStream(damaged)
+    text = PretrainDataset({"books": stream}, MixtureOrder({"books": 2}, {"books": 1.0}, 0), S, True)
+    with pytest.raises(DataError, match=r"reading blocks (0, 1|1, 0) of books"):
+        text.batch(range(2))
+
+
+def test_a_disk_that_fails_names_the_source(tmp_path, monkeypatch):
+    data, _, _ = sft(tmp_path, [6, 7, 8])
+    monkeypatch.setattr(Shard, "read", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(DataError, match=r"conversation \d of chat to be readable(?s:.)*Input/output error"):
+        data.batch([0])
 
 
 def test_nothing_to_learn(tmp_path):

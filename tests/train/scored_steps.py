@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "influence"))
 from ghost_worker import _direction, _gain
 from scenarios import MODEL
 
-from megatron_r1.data.dataset import restart
 from megatron_r1.influence.rows import Row
 from megatron_r1.model.build import build_model, global_names
 from megatron_r1.model.config import ModelConfig
@@ -35,6 +34,13 @@ LENGTH, DIRECTIONS, SOURCES = 24, 2, 3
 WHOLE_WIDTH = 10**6
 
 
+def restart(segments: np.ndarray) -> np.ndarray:
+    """Positions [b, s] counted from the beginning of each run of equal segment numbers."""
+    columns = np.arange(segments.shape[1])
+    begins = np.where(np.diff(segments, prepend=segments[:, :1] - 1, axis=1) != 0, columns, 0)
+    return columns - np.maximum.accumulate(begins, axis=1)
+
+
 def batches(micro_batch: int, count: int, apart: bool = True, seed: int = 0) -> list[dict[str, Any]]:
     """`count` micro-batches; documents of 1 to 12 tokens, of which the labels that belong to the next one are no targets."""
     draw = np.random.default_rng(seed)
@@ -49,7 +55,7 @@ def batches(micro_batch: int, count: int, apart: bool = True, seed: int = 0) -> 
         own = segments[:, :-1] if apart else np.zeros((micro_batch, LENGTH), np.int32)
         found.append({
             "tokens": np.ascontiguousarray(tokens[:, :-1]), "labels": np.ascontiguousarray(tokens[:, 1:]), "loss_mask": mask,
-            "segment_ids": np.ascontiguousarray(own), "position_ids": np.stack([restart(row) for row in own]),
+            "segment_ids": np.ascontiguousarray(own), "position_ids": restart(own),
             "source_ids": draw.integers(0, SOURCES, micro_batch).astype(np.int32), "first_sample": np.asarray(number * micro_batch, np.int64),
         })  # fmt: skip
     return found
