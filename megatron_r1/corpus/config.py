@@ -73,6 +73,9 @@ class TokenizerConfig(Frozen):
     bos_token: str | None = Field(None, description="huggingface, sentencepiece: the token that begins a text; by default the usual names are tried")
     eos_token: str | None = Field(None, description="huggingface, sentencepiece: the token that ends a text; by default the usual names are tried")
     pad_token: str | None = Field(None, description="huggingface, sentencepiece: the token that fills up batches; by default the usual names are tried")
+    library: Literal["auto", "plain", "gigatoken"] = Field(
+        "auto", description="what tokenises: auto takes gigatoken where it is installed and gives the plain library's ids on the self-check, and records which; plain never; gigatoken fails where it can not be used"
+    )
     add_chat_tokens: bool = Field(False, description="huggingface: add the Llama-3 chat tokens when the tokenizer has none (the vocabulary grows)")
 
     @model_validator(mode="after")

@@ -22,8 +22,9 @@ from megatron_r1.corpus.control import Control
 from megatron_r1.corpus.embedded import Context
 from megatron_r1.corpus.splits import Splitter
 from megatron_r1.corpus.write import use_threads, write_source
+from megatron_r1.data.long_text import PIECE, pieces
 from megatron_r1.data.shards import SCHEMA_VERSION, SOURCES_FILE, SPLITS, SourceRecord
-from megatron_r1.data.tokenizer import PIECE, Tokenizer, pieces
+from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.utils.errors import DataError, EnvironmentProblem
 from megatron_r1.utils.io import atomic_write_json, disk_errors, require_free_space
 from megatron_r1.utils.logging import get_logger, progress
@@ -50,6 +51,7 @@ def run(config: CorpusConfig, inputs: Inputs, work: Workspace) -> Artifact:
 
     given = inputs.get("tokenizer")
     tokenizer = _tokenizer(config, given if isinstance(given, Artifact) else None, {name: (spools[name], record) for name, record in collected.items()}, work)
+    tokenizer.choose_library(config.tokenizer.library)
     tokenizer_seconds = time.monotonic() - began - read_seconds
 
     size = sum(record["bytes"] for record in collected.values())
@@ -65,7 +67,7 @@ def run(config: CorpusConfig, inputs: Inputs, work: Workspace) -> Artifact:
             seconds += took
     atomic_write_json(work.path / SOURCES_FILE, {
         "schema_version": SCHEMA_VERSION,
-        "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+        "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "inexact_cuts": tokenizer.inexact_cuts, **tokenizer.library},
         "sources": {name: record.plain() for name, record in records.items()},
         "missing": missing,
         "control_groups": sorted(rules.splitter.control),
@@ -136,7 +138,7 @@ def _sample(config: CorpusConfig, spools: Mapping[str, tuple[Spool, dict[str, An
                 texts = [document["text"]] if "text" in document else [message["content"] for message in document["messages"]]
                 for text in texts:
                     # Training time grows with the longest word: a megabyte without a space would take hours.
-                    for piece in pieces(text, SHORT) if len(text) > PIECE else [text]:
+                    for piece in (piece for piece, _ in pieces(text, None, SHORT)) if len(text) > PIECE else [text]:
                         # Chance may choose one document that is larger than the whole share.
                         if left > 0:
                             left -= len(piece)

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_r1.corpus.collect import Plan, Spool
 from megatron_r1.data.chat import render, require_chat
 from megatron_r1.data.shards import SPLITS, ShardWriter, SourceRecord, SplitRecord
-from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.data.tokenizer import IdsDiffer, Tokenizer
 from megatron_r1.utils.errors import ConfigError
 from megatron_r1.utils.io import atomic_write_json, disk_errors, read_json
 from megatron_r1.utils.logging import Bar, get_logger
@@ -63,12 +63,23 @@ def write_source(
     """Tokenise one source into `folder`; returns its record and the seconds it took (0 when it was done before).
 
     Everything is written under `scratch`, moved when whole, and only then recorded: a source without a record is written again,
-    into the same bytes.
+    into the same bytes. Where the fast tokenizer library proves wrong, the source is written again with the plain one.
     """
     done = scratch / f"{item.name}.json"
     if done.is_file() and folder.is_dir():
         bar.advance(collected["bytes"])
         return SourceRecord.model_validate(read_json(done)), 0.0
+    try:
+        return _write(item, spool, collected, tokenizer, append_eos, prepend_bos, folder, scratch, bar)
+    except IdsDiffer as error:
+        log.error("%s is tokenised again, by %s\n%s", item.name, tokenizer.library["library"], error)
+        return _write(item, spool, collected, tokenizer, append_eos, prepend_bos, folder, scratch, bar)
+
+
+def _write(
+    item: Plan, spool: Spool, collected: dict[str, Any], tokenizer: Tokenizer, append_eos: bool, prepend_bos: bool, folder: Path, scratch: Path, bar: Bar,
+) -> tuple[SourceRecord, float]:
+    done = scratch / f"{item.name}.json"
     began = time.monotonic()
     before, after = (np.asarray(ids, np.int32) for ids in frame(tokenizer, append_eos, prepend_bos))
     if item.format == "chat":

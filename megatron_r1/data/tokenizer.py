@@ -3,6 +3,8 @@
 Two libraries behind one class: `tokenizers` (a tokenizer.json) and SentencePiece (a *.model). The folder's
 tokenizer_info.json names the file, its checksum and the ids of the special tokens. Text is only ever text: a document
 that contains the letters "<|end_of_text|>" gets the ids of those letters, never the special token.
+
+Who tokenises much text lets `choose_library` put a faster one before them where it gives the same ids (fast_tokenizer.py).
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,15 +21,26 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from megatron_r1.config.base import Frozen
+from megatron_r1.data.fast_tokenizer import Gigatoken, Refused, open_fast
+from megatron_r1.data.long_text import pieces
 from megatron_r1.utils.errors import ArtifactError, DataError, EnvironmentProblem
 from megatron_r1.utils.io import atomic_write_json, atomic_write_text, read_json
+from megatron_r1.utils.logging import get_logger
 
+log = get_logger("data.tokenizer")
 INFO_FILE = "tokenizer_info.json"
 LONG = 1 << 18
-"""Texts of more characters than this are tokenised in pieces, so that time and memory stay linear in the length."""
-PIECE = 1 << 16
-TOGETHER = 64
+"""Texts of more characters than this are tokenised in pieces (long_text.py), so that time and memory stay linear in the length."""
+TOGETHER = 16
 """Pieces of one long text that are tokenised at once."""
+SAMPLED = 2000
+"""One document of so many is tokenised by the plain library too, and compared."""
+Library = Literal["auto", "plain", "gigatoken"]
+
+
+class IdsDiffer(DataError):
+    """The fast library gave other ids than the plain one: what it wrote must be written again, by the plain one, which the
+    tokenizer uses from here on."""
 
 
 class TokenizerInfo(Frozen):
@@ -47,13 +62,19 @@ class TokenizerInfo(Frozen):
 class Backend(Protocol):
     """What a tokenizer library must do. Ids of special tokens never come out of text."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, int32."""
+        ...
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[int]]:
         """Ids, and the first character of each."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+    def specials(self) -> list[str]:
+        """Names of the tokens that never come out of text."""
+        ...
 
 
 class FastBackend:
@@ -72,8 +93,8 @@ class FastBackend:
         self.fast.no_padding()
         self.fast.no_truncation()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(encoding.ids, np.int32) for encoding in self.fast.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[int]]:
         encoding = self.fast.encode(text, add_special_tokens=False)
@@ -81,6 +102,9 @@ class FastBackend:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.fast.decode(list(ids), skip_special_tokens=False)
+
+    def specials(self) -> list[str]:
+        return [token.content for token in self.fast.get_added_tokens_decoder().values() if token.special]
 
     def size(self) -> int:
         """Largest id + 1."""
@@ -106,8 +130,9 @@ class SentencePieceBackend:
         except (OSError, RuntimeError) as error:
             raise DataError(expected=f"a SentencePiece model in {path}", found=str(error), fix="point to the *.model file that SentencePiece trained") from error
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.model.encode(list(texts), out_type=int)
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        # One by one: the library's own batches use every core of the machine, whatever this process was given.
+        return [np.array(self.model.encode(text, out_type=int), np.int32) for text in texts]
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[int]]:
         pieces = self.model.encode(text, out_type="immutable_proto").pieces
@@ -115,6 +140,9 @@ class SentencePieceBackend:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode([int(i) for i in ids])
+
+    def specials(self) -> list[str]:
+        return [self.model.id_to_piece(i) for i in range(self.size()) if self.model.is_control(i) or self.model.is_unknown(i)]
 
     def size(self) -> int:
         """Number of pieces."""
@@ -129,37 +157,17 @@ class SentencePieceBackend:
 BACKENDS: dict[str, type[FastBackend] | type[SentencePieceBackend]] = {"tokenizers": FastBackend, "sentencepiece": SentencePieceBackend}
 
 
-def pieces(text: str, size: int = PIECE) -> list[str]:
-    """Cut a long text into pieces of at most `size` characters whose tokens, put together, are those of the whole text.
-
-    Cuts fall before a space between two letters, or after a line feed before a letter; byte-level BPE pre-tokenizers (GPT-2's,
-    Llama-3's, ours) split there in any case. Text without such a place (a million digits) is cut anyway: bounded time
-    matters more than one token.
-    """
-    if len(text) <= size:
-        return [text]
-    parts, start = [], 0
-    while len(text) - start > size:
-        end = start + size
-        cut = end
-        for at in range(end, max(start + 1, end - 4096), -1):
-            before, here = text[at - 1], text[at]
-            if (here == " " and before.isalpha() and text[at + 1 : at + 2].isalpha()) or (before == "\n" and here.isalpha()):
-                cut = at
-                break
-        parts.append(text[start:cut])
-        start = cut
-    parts.append(text[start:])
-    return parts
-
-
 class Tokenizer:
-    """A tokenizer folder, opened. Attributes: folder, info, backend."""
+    """A tokenizer folder, opened. Attributes: folder, info, backend, library (what tokenises, and why; for records)."""
 
     def __init__(self, folder: Path, info: TokenizerInfo, backend: Backend) -> None:
         self.folder, self.info, self.backend = folder, info, backend
         self.short: dict[str, list[int]] = {}
         """Ids of role names and the like, which every conversation repeats."""
+        self.fast: Gigatoken | None = None
+        self.library: dict[str, Any] = {"library": f"{info.backend} {metadata.version(info.backend)}"}
+        self.seen = self.inexact_cuts = 0
+        """Documents tokenised by the fast library; cuts of long texts after which an id may differ from the whole text's."""
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
@@ -219,28 +227,99 @@ class Tokenizer:
         """Files that AutoTokenizer needs."""
         return [path for name in (self.info.file, "tokenizer_config.json") if (path := self.folder / name).is_file()]
 
+    def choose_library(self, wanted: Library) -> None:
+        """Tokenise with the fast library from here on if it gives the same ids on the texts of a self-check (below a second).
+
+        auto: else with the plain one, and `library` says why; plain: never; gigatoken: raises EnvironmentProblem where it can not.
+        """
+        self.fast = None
+        plain = f"{self.info.backend} {metadata.version(self.info.backend)}"
+        self.library = {"library": plain, "reason": "asked for"}
+        if wanted == "plain":
+            return
+        try:
+            self.fast, found = open_fast(self.folder / self.info.file, self.info.backend, self.vocab_size, self.backend.specials(), self.backend.encode)
+        except Refused as reason:
+            if wanted == "gigatoken":
+                raise EnvironmentProblem(
+                    expected="gigatoken, because tokenizer.library names it", found=str(reason), fix="pip install gigatoken, or set tokenizer.library to auto or plain"
+                ) from reason
+            log.info("tokenising with %s: %s", plain, reason)
+            self.library = {"library": plain, "reason": str(reason)}
+            return
+        self.library = {**found, "same_as": plain}
+        log.info("tokenising with %s: the ids of %s on %d texts", found["library"], plain, found["checked_texts"])
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no bos, no eos."""
-        return self.encode_batch([text])[0]
+        return self.encode_arrays([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts at once; long ones in pieces."""
-        if all(len(text) <= LONG for text in texts):
-            return self.backend.encode_batch(texts)
         return [ids.tolist() for ids in self.encode_arrays(texts)]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of many texts at once, int32 arrays; a long text is tokenised a few megabytes at a time, so memory stays small."""
-        found: list[np.ndarray | None] = [None] * len(texts)
-        short = [i for i, text in enumerate(texts) if len(text) <= LONG]
-        for i, ids in zip(short, self.backend.encode_batch([texts[i] for i in short]), strict=True):
-            found[i] = np.asarray(ids, np.int32)
-        for i, text in enumerate(texts):
-            if found[i] is None:
-                parts = pieces(text)
-                groups = (self.backend.encode_batch(parts[j : j + TOGETHER]) for j in range(0, len(parts), TOGETHER))
-                found[i] = np.concatenate([np.asarray(ids, np.int32) for group in groups for ids in group])
-        return found  # type: ignore[return-value]
+        """Ids of many texts at once, int32 arrays; a long text a megabyte at a time, so that memory stays a few times its size.
+
+        Raises DataError for a lone surrogate, IdsDiffer when the fast library turns out to be wrong (the plain one is used from
+        then on: redo what belongs together).
+        """
+        try:
+            short = iter(self._some([text for text in texts if len(text) <= LONG]))
+            return [next(short) if len(text) <= LONG else self._long(text) for text in texts]
+        except (TypeError, UnicodeEncodeError) as error:
+            wrong = [text for text in texts if any("\ud800" <= char <= "\udfff" for char in text)]
+            if not wrong:
+                raise
+            raise DataError(
+                expected="text of Unicode characters", found=f"half a surrogate pair in {wrong[0][:40]!r}", fix="decode the text with errors='replace', or drop the document"
+            ) from error
+
+    def _some(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of texts that need no cutting."""
+        if self.fast is None:
+            return self.backend.encode(texts)
+        found: list[np.ndarray] = []
+        for text in texts:
+            ids = self.fast.encode(text)
+            if ids is None:
+                ids = self.backend.encode([text])[0]
+            elif self.seen % SAMPLED == 0:
+                self._compare(text, ids)
+            self.seen += 1
+            found.append(ids)
+        return found
+
+    def _compare(self, text: str, ids: np.ndarray) -> None:
+        expected = self.backend.encode([text])[0]
+        if np.array_equal(ids, expected):
+            return
+        used, self.fast = self.library["library"], None
+        self.library = {"library": self.library["same_as"], "reason": f"{used} gave other ids in the middle of the work"}
+        at = int(np.argmin(ids[: len(expected)] == expected[: len(ids)])) if len(ids) and len(expected) else 0
+        raise IdsDiffer(
+            expected=f"the ids of {self.library['library']}", found=f"{used} gives {ids[at : at + 8].tolist()} instead of {expected[at : at + 8].tolist()} (token {at} of {text[:60]!r}...)",
+            fix="nothing: this part is tokenised again by the plain library; please report the text to gigatoken",
+        )
+
+    def _long(self, text: str) -> np.ndarray:
+        """Ids of a text in pieces."""
+        arrays: list[np.ndarray] = []
+        cut = pieces(text, self._some)
+        while group := list(islice(cut, TOGETHER)):
+            arrays += self._some([piece for piece, _ in group])
+            inexact = sum(not exact for _, exact in group)
+            if inexact and not self.inexact_cuts:
+                log.warning("a text of %d characters has no place to cut that keeps its ids (%r...): cut all the same, one token or two may differ", len(text), group[0][0][:40])
+            self.inexact_cuts += inexact
+        # Filled from the front while the parts are let go: never twice the ids.
+        whole, filled = np.empty(sum(map(len, arrays)), np.int32), 0
+        arrays.reverse()
+        while arrays:
+            part = arrays.pop()
+            whole[filled : filled + len(part)] = part
+            filled += len(part)
+        return whole
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens by name."""
