@@ -149,8 +149,8 @@ ParentArtifacts = Mapping[str, "Artifact | list[Artifact] | None"]
 
 def step_fingerprint(kind: str, config: Frozen | dict[str, Any], parents: ParentArtifacts) -> str:
     """Identity of a step's result: kind, settings, and the identities of what it is made from."""
-    plain = config.plain() if isinstance(config, Frozen) else dict(config)
-    return fingerprint({"schema": SCHEMA_VERSION, "kind": kind, "config": plain, "parents": _identities(parents)})
+    settings = config.identity() if isinstance(config, Frozen) else dict(config)
+    return fingerprint({"schema": SCHEMA_VERSION, "kind": kind, "config": settings, "parents": _identities(parents)})
 
 
 def _identities(parents: ParentArtifacts) -> dict[str, Any]:
@@ -237,5 +237,5 @@ def open_workspace(
     """Begin (or go on with) the step `name` under `folder`."""
     parents = parents or {}
     plain = config.plain() if isinstance(config, Frozen) else dict(config)
-    digest = step_fingerprint(kind, plain, parents)
+    digest = step_fingerprint(kind, config, parents)
     return Workspace(artifact_path(folder, name, digest), name, kind, digest, plain, parents, command)

@@ -9,6 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 StepName = str
+HOW = {"identity": False}
+"""`json_schema_extra` of a setting that says how a result is computed and never what it is: a step's fingerprint leaves it out."""
 
 
 class Frozen(BaseModel):
@@ -25,6 +27,11 @@ class Frozen(BaseModel):
     def plain(self) -> dict[str, Any]:
         """JSON-able form; quantities become text with their unit."""
         return self.model_dump(mode="json")
+
+    def identity(self) -> dict[str, Any]:
+        """`plain` without the fields marked HOW: what the result depends on."""
+        extras = {name: field.json_schema_extra for name, field in type(self).model_fields.items()}
+        return {name: value for name, value in self.plain().items() if extras[name] != HOW}
 
 
 class StageConfig(Frozen):

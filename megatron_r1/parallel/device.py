@@ -13,6 +13,8 @@ import contextlib
 import os
 import sys
 import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,6 +91,50 @@ def synchronize() -> None:
     """Wait for the device (nothing to do on the CPU): call before reading a clock."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Tensors on their way to a device."""
+
+    tensors: dict[str, torch.Tensor]
+    ready: Any = None
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """The tensors, for the current stream, which waits for them (the host does not)."""
+        if self.ready is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.ready)
+            for tensor in self.tensors.values():
+                tensor.record_stream(stream)
+        return self.tensors
+
+
+def uploader(target: torch.device) -> Callable[[Mapping[str, Any]], Staged] | None:
+    """Copies numpy arrays to a GPU from pinned memory, on a stream of its own beside the computation; for any one thread at a
+    time or several. None for the CPU, where nothing is copied."""
+    if target.type != "cuda":
+        return None
+    side = torch.cuda.Stream(target)
+
+    def upload(arrays: Mapping[str, Any]) -> Staged:
+        with torch.cuda.device(target), torch.cuda.stream(side):
+            tensors = {key: torch.from_numpy(array).contiguous().pin_memory().to(target, non_blocking=True) for key, array in arrays.items()}
+            ready = torch.cuda.Event()
+            ready.record(side)
+        return Staged(tensors, ready)
+
+    return upload
+
+
+def gpu_number(target: torch.device) -> int | None:
+    """Which GPU of this machine, None for the CPU."""
+    return None if target.type != "cuda" else target.index or 0
+
+
+def adopt(arrays: Mapping[str, Any]) -> Staged:
+    """Copies, on the current stream, of arrays on a GPU that another library owns (DLPack)."""
+    return Staged({key: torch.from_dlpack(array).clone() for key, array in arrays.items()})
 
 
 def seed_everything(seed: int) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megatron_r1.config.base import Frozen, StageConfig, StepName
+from megatron_r1.config.base import HOW, Frozen, StageConfig, StepName
 from megatron_r1.config.units import Epochs, Samples, Steps, Tokens
 from megatron_r1.model.config import ModelConfig
 from megatron_r1.parallel.config import LayoutConfig
@@ -145,6 +145,16 @@ class GroupDroConfig(Frozen):
     smoothing: float = Field(1e-3, gt=0, lt=1, description="c: share of the uniform mixture mixed in after every update (paper: 0.001)")
 
 
+class LoaderConfig(Frozen):
+    """How batches get from the shards to the device. The samples are the same whatever is set here, and so is the step's fingerprint."""
+
+    backend: Literal["threads", "dali"] = Field(
+        "threads", description="threads: read by threads, uploaded from pinned memory beside the computation; dali: uploaded by NVIDIA DALI (an optional package)"
+    )
+    ahead: Annotated[int, Field(ge=1)] = Field(2, description="steps that are read before they are needed")
+    workers: Annotated[int, Field(ge=1)] = Field(1, description="threads that read, each a whole step")
+
+
 class LogConfig(Frozen):
     """What is written down while training."""
 
@@ -188,6 +198,7 @@ class TrainConfig(StageConfig):
     distill: DistillConfig = Field(DistillConfig(), description="settings of the distill objective")
     sft: SftConfig = Field(SftConfig(), description="settings of the sft objective")
     group_dro: GroupDroConfig = Field(GroupDroConfig(), description="settings of the group_dro objective")
+    loader: LoaderConfig = Field(LoaderConfig(), description="reading ahead and uploading", json_schema_extra=HOW)
     log: LogConfig = Field(LogConfig(), description="metrics and TensorBoard")
     guard: GuardConfig = Field(GuardConfig(), description="non-finite losses and gradients")
 

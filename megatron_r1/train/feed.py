@@ -1,4 +1,4 @@
-"""Which samples a step trains on, and the thread that reads them ahead. Everything is a pure function of the step.
+"""Which samples a step trains on, and their way to the device. Everything is a pure function of the step.
 
 Step t (first: 0) of a phase takes samples t*B ... t*B + B - 1 of the data order, B = sequences per step. Micro-batch m of data
 rank r (of D, b sequences each) is samples t*B + (m*D + r)*b ... + b - 1, so the union over ranks and micro-batches never
@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from megatron_r1.artifacts.base import Artifact, Parent
 from megatron_r1.artifacts.checkpoint import TrainManifest
 from megatron_r1.artifacts.mixture import load_kept, load_mixture
+from megatron_r1.data.dali import DaliSteps
 from megatron_r1.data.dataset import PretrainDataset, SftDataset
+from megatron_r1.data.loader import Loader
 from megatron_r1.data.mixture_order import MixtureOrder
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.data.view import TokenStream
+from megatron_r1.parallel import device
 from megatron_r1.train.config import TrainConfig
+from megatron_r1.train.objectives import TENSORS
 from megatron_r1.utils.errors import ConfigError, DataError, ParallelError
 from megatron_r1.utils.logging import get_logger
 from megatron_r1.utils.seeding import derive_seed
@@ -184,9 +188,13 @@ def _open_sft(config: TrainConfig, shards: ShardSet, weights: dict[str, float] |
 
 
 class Feed:
-    """Micro-batches of this rank, read one step ahead by a thread (reading is pure, so reading ahead changes nothing)."""
+    """Micro-batches of this rank for steps 0 ... end - 1, read ahead by threads and on their way to `target` when a step asks for them.
 
-    def __init__(self, dataset: Dataset, config: TrainConfig, data_rank: int, data_size: int) -> None:
+    Its whole state is the number of the next step; what the steps hold is fixed by the data order's fingerprint. An error while
+    reading is raised by the step that needs the batch and says what was being read.
+    """
+
+    def __init__(self, dataset: Dataset, config: TrainConfig, data_rank: int, data_size: int, end: int, target: torch.device) -> None:
         self.dataset, self.per_step, self.micro_batch = dataset, config.sequences_per_step, int(config.micro_batch)
         self.data_rank, self.data_size = data_rank, data_size
         if self.per_step % (self.micro_batch * data_size):
@@ -197,8 +205,14 @@ class Feed:
                 fix=f"set micro_batch to one of {fitting}" if fitting else f"use a number of data-parallel ranks that divides {self.per_step}, or change global_batch",
             )
         self.num_microbatches = self.per_step // (self.micro_batch * data_size)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
-        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+        settings = config.loader
+        dali = settings.backend == "dali"
+        self._upload = None if dali else device.uploader(target)
+        self._loader = Loader(self._read, end, settings.ahead, settings.workers)
+        self._steps: Loader[list[Batch]] | DaliSteps = self._loader
+        if dali:
+            number = device.gpu_number(target)
+            self._steps = DaliSteps(self._loader.get, end, self.num_microbatches, TENSORS, settings.ahead, number, None if number is None else device.adopt)
 
     def first_samples(self, step: int) -> list[int]:
         """First sample of each of this rank's micro-batches in step `step` (0-based)."""
@@ -209,17 +223,16 @@ class Feed:
         for first in self.first_samples(step):
             batch = self.dataset.batch(range(first, first + self.micro_batch))
             batch["first_sample"] = np.asarray(first, np.int64)
+            if self._upload is not None:
+                batch["staged"] = self._upload({key: batch[key] for key in TENSORS})
             batches.append(batch)
         return batches
 
-    def step(self, step: int, *, last: bool = False) -> list[Batch]:
-        """Micro-batches of step `step` (0-based); starts reading the next step's unless this is the last."""
-        ahead, self._ahead = self._ahead, None
-        batches = ahead[1].result() if ahead is not None and ahead[0] == step else self._read(step)
-        if not last:
-            self._ahead = (step + 1, self._pool.submit(self._read, step + 1))
-        return batches
+    def step(self, step: int) -> list[Batch]:
+        """Micro-batches of step `step` (0-based)."""
+        return self._steps.get(step)
 
     def close(self) -> None:
-        """Stop the thread."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Stop the threads."""
+        self._steps.close()
+        self._loader.close()

@@ -30,6 +30,7 @@ from megatron_r1.train.guard import Guard
 from megatron_r1.train.lr import learning_rate, warmup_steps
 from megatron_r1.train.objectives import Objective
 from megatron_r1.train.resume import EXIT_TERMINATED, StopSignal, stop_on_sigterm
+from megatron_r1.utils.errors import CheckpointError
 from megatron_r1.utils.logging import Bar, get_logger, progress
 
 log = get_logger("train")
@@ -73,7 +74,7 @@ class Trainer:
         self.config, self.ctx, self.folder, self.total = config, ctx, folder, total
         self.chunks, self.optimizer, self.objective, self.data = chunks, optimizer, objective, data
         self.callbacks = list(callbacks)
-        self.feed = Feed(data.dataset, config, ctx.data_rank, ctx.data_size)
+        self.feed = Feed(data.dataset, config, ctx.data_rank, ctx.data_size, total, ctx.device)
         self.warmup = warmup_steps(config, total)
         self.guard = Guard(config.guard.max_bad_steps)
         self.step, self.seconds, self.resumed = 0, 0.0, False
@@ -92,13 +93,18 @@ class Trainer:
         """Write a checkpoint from which this phase goes on bit for bit. Collective."""
         common = {
             "step": self.step, "tokens": self.tokens, "total": self.total, "seconds": self.seconds, "guard": self.guard.state(), "window": asdict(self.window),
-            "objective": self.objective.state(),
+            "objective": self.objective.state(), "order": self.data.order.fingerprint,
         }
         checkpoint.save(path, self.chunks, self.optimizer, common, self.ctx)
 
     def load(self, path: Path) -> None:
-        """Take up a checkpoint of this phase. Collective. Raises CheckpointError."""
+        """Take up a checkpoint of this phase. Collective. Raises CheckpointError, also when the samples would come in another order."""
         common = checkpoint.load(path, self.chunks, self.optimizer, self.ctx)
+        if common.get("order") != self.data.order.fingerprint:
+            raise CheckpointError(
+                expected=f"the order of samples {self.data.order.fingerprint}, which shards, mixture and seed give", found=f"{common.get('order')} in {path}",
+                fix="go on with the shards and the version that the checkpoint was written with, or delete the step's folder and run it anew",
+            )
         self.step, self.seconds, self.resumed = int(common["step"]), float(common["seconds"]), True
         self.guard.load(**common["guard"])
         self.window = Window(**common["window"])
@@ -151,7 +157,7 @@ class Trainer:
         """Forward, backward, update. Returns whether any rank was asked to stop."""
         began = time.perf_counter()
         lr = learning_rate(self.step, self.total, self.warmup, self.config.lr)
-        batches = self.feed.step(self.step, last=self.step + 1 == self.total)
+        batches = self.feed.step(self.step)
         reports = forward_backward(
             self.ctx, self.chunks, self.objective.forward_step, iter(batches), self.feed.num_microbatches, int(self.config.seq_length), int(self.config.micro_batch),
         )

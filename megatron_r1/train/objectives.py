@@ -31,7 +31,8 @@ Tensors = dict[str, Tensor]
 
 def to_tensors(batch: Arrays, device: torch.device) -> Tensors:
     """The arrays of a batch a forward pass needs, on the device; token numbers, labels and positions in 64 bits."""
-    return {key: torch.from_numpy(batch[key]).to(device, torch.int64 if key in NUMBERS else None, non_blocking=True) for key in TENSORS}
+    found = batch["staged"].take() if "staged" in batch else {key: torch.from_numpy(batch[key]) for key in TENSORS}
+    return {key: tensor.to(device, torch.int64 if key in NUMBERS else None, non_blocking=True) for key, tensor in found.items()}
 
 
 class Objective:

@@ -154,7 +154,7 @@ def test_damage_names_the_source_and_the_conversation(tmp_path, monkeypatch):
     path.write_bytes(raw)
     damaged = Shard(tmp_path / "chat" / "train", shard.record)
     data = SftDataset({"chat": damaged}, S, 1, None)
-    with pytest.raises(DataError, match="reading conversation [12] of chat"):
+    with pytest.raises(DataError, match=r"reading conversation [12] of chat"):
         data.batch(range(len(data)))
     stream = TokenStream(damaged)
     text = PretrainDataset({"books": stream}, MixtureOrder({"books": 2}, {"books": 1.0}, 0), S, True)
