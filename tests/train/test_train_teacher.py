@@ -8,9 +8,9 @@ import torch
 from train_toys import make_shards, settings, train
 
 from megatron_r1.artifacts.checkpoint import CheckpointSet
+from megatron_r1.data.pretrained import PretrainedConfig
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.parallel.vocab import VocabShard
-from megatron_r1.train.config import TeacherConfig
 from megatron_r1.train.teacher import HuggingFaceTeacher, identity
 from megatron_r1.utils.errors import ConfigError, DataError
 
@@ -33,7 +33,7 @@ def folder(shards, tmp_path_factory):
 
 
 def test_documents_are_kept_apart_exactly_when_asked(folder):
-    teacher = HuggingFaceTeacher(TeacherConfig(hf_folder=str(folder)), CPU)
+    teacher = HuggingFaceTeacher(PretrainedConfig(hf_folder=str(folder)), CPU)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 512, (2, 12)))
     segments = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
     positions = torch.tensor([[*range(5), *range(7)], list(range(12))])
