@@ -58,6 +58,8 @@ class SieveRecord(Frozen):
     source: str = Field(description="source it was applied to")
     entered: int = Field(alias="in", description="documents that reached the rule")
     left: int = Field(alias="out", description="documents that passed it")
+    threshold: str = Field(default="", description="what a document had to reach, as it was applied; empty for rules without a score")
+    relaxed: str = Field(default="", description="why and how the threshold of the settings was relaxed; empty where it was not")
 
     model_config = {"populate_by_name": True}
 
@@ -73,6 +75,47 @@ class CapabilityProbe(Frozen):
     short: dict[str, int] = Field(default={}, description="source -> documents fewer than the recipe asks for")
 
 
+class JudgeCheck(Frozen):
+    """How well the judge's score tells two kinds of documents apart, measured on this run's own documents."""
+
+    name: str = Field(description="the question, and the two kinds of documents")
+    auc: float = Field(description="chance that a document of the first kind scores above one of the second; 0.5 is a coin's")
+    low: float = Field(description="lower end of the 95 % interval (DeLong)")
+    high: float = Field(description="upper end of the 95 % interval")
+    first: int = Field(description="documents of the first kind")
+    second: int = Field(description="documents of the second kind")
+    answered: float = Field(description="mean probability the judge gives to the two answers together")
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says."""
+        return "better than chance" if self.low > 0.5 else "worse than chance" if self.high < 0.5 else "no better than chance"
+
+
+class JudgeRecord(Frozen):
+    """The language model that was asked, and how far it can be trusted."""
+
+    model: str = Field(description="package or folder name")
+    sha256: dict[str, str] = Field(description="file of weights -> SHA-256")
+    precision: str = Field(description="number format of its weights")
+    template: str = Field(description="chat: its own chat template; plain: none")
+    tokens: int = Field(description="tokens of a window it was shown at most")
+    questions: dict[str, str] = Field(description="sieve (and domain) -> question")
+    checks: list[JudgeCheck] = Field(description="the judge measured on documents of this run")
+
+
+class QualityRecord(Frozen):
+    """The classifier that scored quality: the published one, or one trained in the run."""
+
+    kind: str = Field(description="published: a folder of the settings; trained: ridge regression on the judge's answers, in this run")
+    name: str = Field(description="the folder's name, or what was trained")
+    sha256: dict[str, str] = Field(default={}, description="file of weights -> SHA-256, of a published one")
+    labels: int = Field(default=0, description="documents the judge labelled to train it")
+    ridge: float | None = Field(default=None, description="ridge penalty chosen by leave-one-out error")
+    pearson: float | None = Field(default=None, description="correlation with the judge on labelled documents it was not trained on (5 folds)")
+    spearman: float | None = Field(default=None, description="rank correlation, likewise")
+
+
 class ProbeSet(Frozen):
     """Probe sets of all capabilities of a recipe."""
 
@@ -83,6 +126,8 @@ class ProbeSet(Frozen):
     checks: dict[str, int] = Field(
         default={}, description="what was verified against the training split: check -> number of collisions (all 0)"
     )
+    judge: JudgeRecord | None = Field(default=None, description="the language model that was asked; none: no rule asks one")
+    quality: QualityRecord | None = Field(default=None, description="the quality classifier; none: no such sieve")
     notes: list[str] = Field(default=[], description="remarks a reader must know")
     sha256: str = Field(default="", description="hash over every document reference and its tokens")
 

@@ -44,7 +44,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("corpus", "shards"),
-        Stage("probe", "probe"),
+        Stage("probe", "probe", distributed=True),
         Stage("influence", "influence", distributed=True),
         Stage("mixture", "mixture", distributed=True),
         Stage("train", "checkpoint", distributed=True),

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_r1.config.base import Frozen, StageConfig, StepName
 from megatron_r1.config.units import Tokens
+from megatron_r1.data.pretrained import PretrainedConfig
+
+ABOUT = {
+    "code": "source code and programming",
+    "math": "mathematics",
+    "knowledge": "general knowledge: facts about the world, science, history or people",
+}
 
 
 class ProbeInputs(Frozen):
@@ -31,6 +38,88 @@ class CapabilityConfig(Frozen):
         if any(not share > 0 for share in sources.values()):
             raise ValueError("every share must be above 0; leave a source out instead of giving it 0")
         return sources
+
+
+class JudgeConfig(Frozen):
+    """The language model that answers questions about documents with 1 or 0 (Ask-LLM, arXiv 2402.09668).
+
+    The paper publishes neither its judge nor its prompts nor how much of a document it shows; all three are settings here.
+    """
+
+    model: PretrainedConfig = Field(description="any Hugging Face causal language model; one trained to follow instructions answers best")
+    template: Literal["chat", "plain"] = Field(
+        default="chat", description="chat: the tokenizer's own chat template; plain: text, question and an empty answer line, for a base model"
+    )
+    tokens: int = Field(default=1024, ge=8, description="tokens of the window (the judge's own) that it is shown, from the window's beginning")
+    batch: Tokens = Field(default=Tokens(8192), description="tokens read at once, padding included; bounds the memory")
+    checked: int = Field(
+        default=64,
+        ge=8,
+        description="documents on which the judge itself is measured first: does it prefer them to their own words in random order, and tell the "
+        "capabilities apart? The area under the curve is recorded with its interval",
+    )
+
+
+class QualityConfig(Frozen):
+    """The first of the paper's sieves: a classifier's score."""
+
+    classifier: str | None = Field(
+        default=None,
+        description="folder of the published FineWeb-Edu classifier (BERT with one output, 512 tokens). none: a small one is trained in the run on "
+        "the judge's answers; its scores are no FineWeb-Edu scores, so no threshold applies and the best `fewest` documents are kept",
+    )
+    above: float = Field(default=4.0, description="a document passes when its raw score is above this (paper: 4)")
+    relaxed: float = Field(default=3.5, description="where fewer than `fewest` pass, a raw score of this or more is enough; it rounds to 4")
+    fewest: int = Field(ge=1, description="documents of each source that must be left; where the relaxed threshold leaves fewer, the best ones by score")
+    labels: int = Field(default=1000, ge=20, le=5000, description="documents the judge labels to train a classifier on, evenly from all sources")
+    question: str = Field(
+        default="Is the text above well written and of high educational value? Answer 1 for yes or 0 for no.",
+        min_length=1,
+        description="what the judge is asked for a label; the published classifier was trained on a large model's marks for educational value",
+    )
+
+
+class AskConfig(Frozen):
+    """One question to the judge. A document's score is p("1") / (p("1") + p("0"))."""
+
+    keep: float = Field(default=0.1, gt=0, le=1, description="share of each source's documents that passes, the highest scores (paper: the top 10 %)")
+    fewest: int = Field(ge=1, description="documents of each source that must be left; where the share is fewer, the best ones by score")
+    question: str = Field(min_length=1, description="what the judge is asked after it has read the document")
+
+
+class ReasoningConfig(AskConfig):
+    """The paper's reasoning prompt, in our words: its own are not published."""
+
+    question: str = Field(
+        default="Does the text above belong in a dataset that tests reasoning: does it draw conclusions step by step, explain or solve something? "
+        "Answer 1 for yes or 0 for no.",
+        min_length=1,
+        description="what the judge is asked after it has read the document",
+    )
+
+
+class DomainConfig(AskConfig):
+    """The paper's domain prompt, in our words: its own are not published."""
+
+    question: str = Field(
+        default="Is the text above about {about}? Answer 1 for yes or 0 for no.",
+        min_length=1,
+        description="what the judge is asked; {about} becomes the capability's words below, for a source of several capabilities all of them, joined by 'or'",
+    )
+    about: dict[str, str] = Field(default=ABOUT, description="capability -> what its documents are about")
+
+
+class SemanticConfig(Frozen):
+    """Semantic de-duplication across all sources, then a cut to the best."""
+
+    cosine: float = Field(
+        default=0.95,
+        gt=0,
+        le=1,
+        description="of two windows whose embeddings (the judge's last hidden states, mean over tokens, less the mean over all windows) have a cosine "
+        "above this, the one with the lower score is dropped",
+    )
+    keep: int = Field(default=10_000, ge=1, description="documents of each source that are left at most, the highest scores (paper: about 10,000)")
 
 
 class RulesConfig(Frozen):
@@ -75,6 +164,10 @@ class RulesConfig(Frozen):
         description="tokens per source and split that windows are compared with for overlap; of a larger one its first "
         "tokens, which the result says",
     )
+    quality: QualityConfig | None = Field(default=None, description="sieve by a classifier's score; none: left out")
+    reasoning: ReasoningConfig | None = Field(default=None, description="sieve by the judge's answer to the reasoning prompt; none: left out")
+    domain: DomainConfig | None = Field(default=None, description="sieve by the judge's answer to the domain prompt; none: left out")
+    semantic: SemanticConfig | None = Field(default=None, description="semantic de-duplication across sources; none: left out")
 
 
 class ProbeConfig(StageConfig):
@@ -100,6 +193,7 @@ class ProbeConfig(StageConfig):
         "beginning (headers and licences)",
     )
     rules: RulesConfig = Field(default=RulesConfig(), description="the sieves")
+    judge: JudgeConfig | None = Field(default=None, description="language model that rules.quality, reasoning, domain and semantic ask")
 
     @field_validator("capabilities")
     @classmethod
@@ -111,11 +205,35 @@ class ProbeConfig(StageConfig):
                 )
         return capabilities
 
+    @model_validator(mode="after")
+    def _judged(self) -> ProbeConfig:
+        rules = self.rules
+        asking = [name for name in ("reasoning", "domain", "semantic") if getattr(rules, name) is not None]
+        if rules.quality is not None and rules.quality.classifier is None:
+            asking.insert(0, "quality without a classifier")
+        if asking and self.judge is None:
+            raise ValueError(f"expected a judge, because rules ask one ({', '.join(asking)}); found none; name its model under `judge`, or set those rules to null")
+        if self.judge is not None and not asking:
+            raise ValueError("expected a rule that asks the judge (quality, reasoning, domain, semantic); found none; turn one on, or set judge to null")
+        if rules.domain is not None and (unnamed := sorted(set(self.capabilities) - set(rules.domain.about))):
+            raise ValueError(f"expected what {', '.join(unnamed)} is about; found nothing; add it to rules.domain.about")
+        if rules.domain is not None and "{about}" not in rules.domain.question:
+            raise ValueError(f"expected {{about}} in rules.domain.question; found {rules.domain.question!r}; write {{about}} where the domain's name belongs")
+        return self
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the step runs a model, so that all processes of a job take part."""
+        return self.judge is not None or self.rules.quality is not None
+
 
 def describe(config: ProbeConfig) -> str:
     """Return one line that says what this step would do."""
     sources = len({source for capability in config.capabilities.values() for source in capability.sources})
+    asked = [name for name in ("quality", "reasoning", "domain", "semantic") if getattr(config.rules, name) is not None]
+    by = f", sieved by {', '.join(asked)}" if asked else ""
+    judge = f" (judge: {config.judge.model.name})" if config.judge is not None else ""
     return (
         f"pick {config.documents} held-out windows of up to {config.tokens_per_document} tokens for each of "
-        f"{', '.join(config.capabilities)} from {sources} source{'' if sources == 1 else 's'}"
+        f"{', '.join(config.capabilities)} from {sources} source{'' if sources == 1 else 's'}{by}{judge}"
     )

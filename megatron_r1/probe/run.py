@@ -1,7 +1,8 @@
 """Probe stage: ShardSet -> one held-out probe set per capability.
 
-A probe set stands for a capability (arXiv 2509.24945 v1, section 5.1: D^P_C, D^P_M, D^P_K, never benchmarks). The paper
-sieves with a classifier and a language-model judge; here the rules are simple and honest: length, duplicates, overlap.
+A probe set stands for a capability (arXiv 2509.24945 v1, section 5.1: D^P_C, D^P_M, D^P_K, never benchmarks). Candidates of every
+source pass a chain of sieves: length, duplicates; where the settings ask for them the paper's quality classifier and its language-model
+judge's two questions; overlap with training and held-out documents; semantic duplicates. Then they are composed into capabilities.
 """
 
 from __future__ import annotations
@@ -12,26 +13,34 @@ from typing import Any
 from megatron_r1.artifacts.base import Artifact, Workspace
 from megatron_r1.artifacts.probe import PROBE_FILE, CapabilityProbe, ProbeDocument, ProbeSet
 from megatron_r1.data.shards import ShardSet
+from megatron_r1.parallel.context import initialize
 from megatron_r1.probe.config import ProbeConfig
+from megatron_r1.probe.judged import Judged, Sieving
 from megatron_r1.probe.overlap import stretches
-from megatron_r1.probe.sieves import SourceSieve, draw, drop_duplicates, drop_overlap
+from megatron_r1.probe.scores import Scores
+from megatron_r1.probe.sieves import SourceSieve, draw, drop_exact_duplicates, drop_near_duplicates, drop_overlap
 from megatron_r1.utils.errors import ConfigError, DataError
-from megatron_r1.utils.logging import get_logger, progress
+from megatron_r1.utils.logging import get_logger, is_main_rank, progress
 
 SPLIT = "probe"
 HELD_OUT = ("test", "control")
 log = get_logger(__name__)
 
 
-def run(config: ProbeConfig, inputs: Mapping[str, Any], work: Workspace) -> Artifact:
-    """Pick the probe windows and write `probe.json`.
+def run(config: ProbeConfig, inputs: Mapping[str, Any], work: Workspace) -> Artifact | None:
+    """Pick the probe windows and write `probe.json`. Scores of models are kept as they are made: a killed run goes on.
 
-    Raises DataError when a sieve leaves a source empty or a probe document is found in training, ConfigError when no
-    source of a capability exists in the shards.
+    Under torchrun the processes share what a classifier and a judge read; those that are not rank 0 return None. Raises DataError
+    when a sieve leaves a source empty or a probe document is found in training, ConfigError when no source of a capability exists in
+    the shards or a model's files do not, EnvironmentProblem when its package cannot be had.
     """
+    if not is_main_rank() and not config.needs_model:
+        return None
     shards = ShardSet.open(inputs["shards"])
     present = _present(config, shards)
-    sieves = sift(config, shards, sorted({source for sources in present.values() for source in sources}))
+    sieves, judged = sift(config, shards, present, work)
+    if not is_main_rank():
+        return None
     capabilities = {name: _compose(config, name, present[name], sieves) for name in config.capabilities}
     checks = _check_disjoint(shards, capabilities)
     probe = ProbeSet(
@@ -40,7 +49,9 @@ def run(config: ProbeConfig, inputs: Mapping[str, Any], work: Workspace) -> Arti
         tokenizer=shards.tokenizer.sha256,
         tokens_per_document=config.tokens_per_document,
         checks=checks,
-        notes=_partly_compared(config, shards),
+        judge=judged.judge,
+        quality=judged.quality,
+        notes=[*_partly_compared(config, shards), *judged.notes],
     ).sealed(shards)
     probe.save(work.path / PROBE_FILE)
     summary = {
@@ -50,6 +61,8 @@ def run(config: ProbeConfig, inputs: Mapping[str, Any], work: Workspace) -> Arti
         },
         "sha256": probe.sha256,
     }
+    if probe.judge is not None:
+        summary["judge"] = {check.name: [check.auc, check.verdict] for check in probe.judge.checks}
     return work.complete(summary)
 
 
@@ -71,17 +84,32 @@ def _present(config: ProbeConfig, shards: ShardSet) -> dict[str, dict[str, float
     return present
 
 
-def sift(config: ProbeConfig, shards: ShardSet, sources: list[str]) -> dict[str, SourceSieve]:
-    """Apply every rule to every source: draw, length, duplicates, overlap with training, with held-out documents."""
-    sieves = [draw(config, source, shards.split(source, SPLIT)) for source in sources]
-    drop_duplicates(config, sieves)
+def sift(
+    config: ProbeConfig, shards: ShardSet, present: Mapping[str, Mapping[str, float]], work: Workspace
+) -> tuple[dict[str, SourceSieve], Judged]:
+    """Apply every rule to every source. Collective when a model is run."""
+    members: dict[str, list[str]] = {}
+    for capability, sources in present.items():
+        for source in sources:
+            members.setdefault(source, []).append(capability)
+    sieves = [draw(config, source, shards.split(source, SPLIT)) for source in sorted(members)]
+    drop_exact_duplicates(sieves)
+    ctx = initialize(seed=config.seed or 0) if config.needs_model else None
+    models = Sieving(config, shards, members, Scores(work.tmp / "scores", ctx), ctx) if ctx is not None else None
+    if models is not None:
+        models.score(sieves)
+    drop_near_duplicates(config, sieves)
     for name, splits in (("overlap with training", ("train",)), ("overlap with held-out", HELD_OUT)):
         body = [shards.split(source, split) for source in shards.sources for split in splits]
         limit = int(config.rules.compare)
         stream = (part for shard in body for part in stretches(shard, config.rules.ngram, limit))
         with progress(f"probe: {name}", sum(min(shard.n_tokens, limit) for shard in body)) as bar:
             drop_overlap(config, sieves, name, stream, bar.advance)
-    return {sieve.source: sieve for sieve in sieves}
+    if models is not None and config.rules.semantic is not None:
+        models.deduplicate(config.rules.semantic, sieves)
+    if ctx is not None:
+        ctx.barrier()  # from here on rank 0 may complete the artifact, which removes the scores that others read
+    return {sieve.source: sieve for sieve in sieves}, models.found if models is not None else Judged()
 
 
 def _partly_compared(config: ProbeConfig, shards: ShardSet) -> list[str]:
@@ -117,14 +145,15 @@ def _compose(
 ) -> CapabilityProbe:
     documents, short, records = [], {}, []
     for source, count in allocate(config.documents, shares).items():
-        survivors = sieves[source].left
-        if len(survivors) < count:
-            short[source] = count - len(survivors)
-            log.warning("probe %s: %s has %d usable windows, %d were asked for", name, source, len(survivors), count)
-        records += sieves[source].records
+        left = sieves[source]
+        if len(left) < count:
+            short[source] = count - len(left)
+            log.warning("probe %s: %s has %d usable windows, %d were asked for", name, source, len(left), count)
+        records += left.records
+        ids = left.shard.ids
         documents += [
-            ProbeDocument(source=source, split=SPLIT, index=c.index, id=c.id, start=c.start, n_tokens=len(c.tokens))
-            for c in survivors[:count]
+            ProbeDocument(source=source, split=SPLIT, index=index, id=ids[index], start=start, n_tokens=size)
+            for index, start, size in zip(left.index[:count].tolist(), left.start[:count].tolist(), left.size[:count].tolist())
         ]
     log.info("probe %s: %d windows from %s", name, len(documents), ", ".join(shares))
     missing = sorted(set(config.capabilities[name].sources) - set(shares))

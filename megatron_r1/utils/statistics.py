@@ -47,6 +47,19 @@ def length_for(r: float | None, wanted: float) -> float | None:
     return None if r is None or r <= 0 else wanted * max(1 - r, 0.0) / (r * (1 - wanted))
 
 
+def auc(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Area under the ROC curve (chance that a value of `first` [n] is above one of `second` [m], ties half) and its DeLong interval,
+    cut at 0 and 1. Both must hold a value."""
+    n, m = len(first), len(second)
+    joint = ranks(np.concatenate([first, second]))
+    # Rank among all less rank among its own: how many of the other kind lie below.
+    below, above = (joint[:n] - ranks(first)) / m, (joint[n:] - ranks(second)) / n
+    value = float(below.mean())
+    variance = (float(below.var(ddof=1)) / n if n > 1 else 0.25) + (float(above.var(ddof=1)) / m if m > 1 else 0.25)
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance)
+    return value, max(value - half, 0.0), min(value + half, 1.0)
+
+
 def interval(draws: np.ndarray, confidence: float) -> tuple[float, float]:
     """Percentile interval of bootstrap draws."""
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])

@@ -1,0 +1,262 @@
+"""The sieves that run a model, in the paper's order (arXiv 2509.24945 v1, section 5.1.1): quality, reasoning, domain, semantic.
+
+Each asks only about what the one before left, so the expensive ones read a small part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_r1.artifacts.probe import JudgeCheck, JudgeRecord, QualityRecord
+from megatron_r1.data.shards import ShardSet
+from megatron_r1.parallel.context import ParallelContext
+from megatron_r1.probe.config import ProbeConfig, SemanticConfig
+from megatron_r1.probe.judge import Judge
+from megatron_r1.probe.quality import CLASSIFIER_TOKENS, Published, features, train
+from megatron_r1.probe.scores import Scores
+from megatron_r1.probe.semantic import distinct
+from megatron_r1.probe.sieves import SourceSieve, above, best, split, top
+from megatron_r1.utils.logging import duration, get_logger, human
+from megatron_r1.utils.seeding import generator
+from megatron_r1.utils.statistics import auc
+
+FOLDS = 5
+WEAK = 0.5
+log = get_logger(__name__)
+
+
+@dataclass
+class Judged:
+    """What was found out besides the scores."""
+
+    judge: JudgeRecord | None = None
+    quality: QualityRecord | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """A remark a reader must know: kept, and said now."""
+        self.notes.append(text)
+        log.warning("probe: %s", text)
+
+
+class Sieving:
+    """The sieves that run a model, over the candidates of all sources. Collective: every process calls the same methods."""
+
+    def __init__(self, config: ProbeConfig, shards: ShardSet, members: Mapping[str, Sequence[str]], store: Scores, ctx: ParallelContext) -> None:
+        """members: source -> the capabilities it belongs to."""
+        self.config, self.shards, self.members, self.store, self.ctx = config, shards, members, store, ctx
+        self.found = Judged()
+        self.judge = Judge(config.judge, ctx.device) if config.judge is not None else None
+
+    def score(self, sieves: Sequence[SourceSieve]) -> None:
+        """Measure the judge, then apply quality, reasoning and domain to every source."""
+        rules = self.config.rules
+        self._plan(sieves)
+        if self.judge is not None:
+            self._check(sieves)
+        if rules.quality is not None:
+            scores = self._quality(sieves)
+            rule = rules.quality
+            for sieve, values in zip(sieves, split(scores, sieves)):
+                if rule.classifier is not None:
+                    passed, threshold, relaxed = above(values, rule.above, rule.relaxed, rule.fewest)
+                else:
+                    passed, threshold, relaxed = top(values, 0.0, rule.fewest)
+                    relaxed = f"no FineWeb-Edu score, so no threshold of its applies: the best {int(passed.sum())} of {len(values)} by the classifier trained here"
+                self._keep(sieve, "quality", values, passed, threshold, relaxed, "raise rules.quality.fewest")
+        for name in ("reasoning", "domain"):
+            rule = getattr(rules, name)
+            if rule is None:
+                continue
+            scores = self._ask(name, sieves, {sieve.source: self._question(name, sieve.source) for sieve in sieves})
+            for sieve, values in zip(sieves, split(scores, sieves)):
+                self._keep(sieve, name, values, *top(values, rule.keep, rule.fewest), f"raise rules.{name}.fewest")
+
+    def deduplicate(self, rule: SemanticConfig, sieves: Sequence[SourceSieve]) -> None:
+        """Drop windows that mean the same as a better one of any source, then keep the best of each source."""
+        judge = self._judge()
+        asked = {"embedding": 1, **self._identity()}
+        embeddings = self.store.of("semantic", asked, _windows(sieves), lambda rows: judge.embed(self._texts(sieves, rows)))
+        fresh = distinct(embeddings, np.concatenate([sieve.score for sieve in sieves]), rule.cosine)
+        for sieve, passed in zip(sieves, split(fresh, sieves)):
+            sieve.keep("semantic duplicates", passed, "raise rules.semantic.cosine", f"cosine <= {rule.cosine:g}")
+            sieve.keep("best by score", best(sieve.score, rule.keep), "raise rules.semantic.keep", f"best {rule.keep}")
+
+    def _keep(self, sieve: SourceSieve, name: str, scores: np.ndarray, passed: np.ndarray, threshold: str, relaxed: str, fix: str) -> None:
+        sieve.score = scores
+        sieve.keep(name, passed, fix, threshold, relaxed)
+        log.info("probe: %s, %s: %s%s", name, sieve.source, threshold, f" (relaxed: {relaxed})" if relaxed else "")
+
+    def _quality(self, sieves: Sequence[SourceSieve]) -> np.ndarray:
+        rule = self.config.rules.quality
+        assert rule is not None
+        if rule.classifier is not None:
+            published = Published(rule.classifier, self.ctx.device)
+            self.found.quality = QualityRecord(kind="published", name=published.model.name_or_path.rstrip("/").rsplit("/", 1)[-1], sha256=published.sha256)
+            asked = {"classifier": published.sha256, "tokenizer": self.shards.tokenizer.sha256}
+            return self.store.of("quality", asked, _windows(sieves), lambda rows: published.scores(self._texts(sieves, rows)))
+        rows = _evenly(sieves, rule.labels)
+        answers = self._ask_rows("quality labels", sieves, rows, [rule.question])[:, 0]
+        labels = np.log(np.clip(answers, 1e-9, 1)) - np.log(np.clip(1 - answers, 1e-9, 1))
+        owner, place = _places(sieves)
+        windows = (sieves[owner[row]].window(place[row]) for row in rows)
+        fold = generator(self.config.seed or 0, "quality folds").permutation(len(rows)) % FOLDS
+        trained = train(features(windows, len(rows)), labels, fold)
+        self.found.quality = QualityRecord(
+            kind="trained", name="ridge regression of the judge's log-odds on hashed token 1- and 2-grams", labels=len(rows), ridge=trained.ridge,
+            pearson=trained.pearson, spearman=trained.spearman,
+        )
+        said = "undefined" if trained.spearman is None else f"{trained.spearman:+.2f}"
+        log.info("probe: quality: a classifier was trained here on %d answers of the judge; rank correlation with it on unseen documents %s", len(rows), said)
+        if trained.spearman is None or trained.spearman < WEAK:
+            self.found.note(
+                f"quality: the classifier trained here on {len(rows)} answers foretells the judge's answers on unseen documents with a rank correlation of {said} only"
+            )
+        scores = [trained.scores(sieve.windows(), len(sieve)) for sieve in sieves]
+        return np.concatenate(scores)
+
+    def _question(self, name: str, source: str) -> str:
+        """What is asked about a source's documents."""
+        rule = getattr(self.config.rules, name)
+        if name != "domain":
+            return rule.question
+        return rule.question.replace("{about}", " or ".join(rule.about[capability] for capability in self.members[source]))
+
+    def _ask(self, name: str, sieves: Sequence[SourceSieve], questions: Mapping[str, str]) -> np.ndarray:
+        """The judge's scores for every candidate, [N]: those of sources with the same question together."""
+        owner, _ = _places(sieves)
+        asked_of = np.array([questions[sieve.source] for sieve in sieves])[owner]
+        scores = np.zeros(len(owner))
+        for question in sorted(set(asked_of)):
+            rows = np.flatnonzero(asked_of == question)
+            label = name if len(set(asked_of)) == 1 else f"{name} {' '.join(sorted(s for s in questions if questions[s] == question))}"
+            scores[rows] = self._ask_rows(label, sieves, rows, [str(question)])[:, 0]
+        return scores
+
+    def _ask_rows(self, label: str, sieves: Sequence[SourceSieve], rows: np.ndarray, questions: list[str]) -> np.ndarray:
+        judge = self._judge()
+        asked = {"questions": questions, **self._identity()}
+        windows = _windows(sieves)[rows]
+        if judge.rate() > 0:
+            tokens = self._tokens(sieves, rows) + len(rows) * sum(judge.overhead(question) for question in questions)
+            seconds = tokens / judge.rate() / self.ctx.data_size
+            log.info("probe: %s: %d documents, about %s tokens, at most %s at the %s tokens/s measured", label, len(rows), human(tokens), duration(seconds), human(judge.rate()))
+        return self.store.of(label, asked, windows, lambda part: judge.ask(self._texts(sieves, rows[part]), questions)[0])
+
+    def _plan(self, sieves: Sequence[SourceSieve]) -> None:
+        """What the models will read, at most, before they do."""
+        rules, every = self.config.rules, np.arange(sum(len(sieve) for sieve in sieves))
+        tokens = self._tokens(sieves, every) / max(len(every), 1)
+        counts, said = {sieve.source: len(sieve) for sieve in sieves}, []
+        if rules.quality is not None and rules.quality.classifier is not None:
+            said.append(f"the quality classifier {sum(counts.values()):,} documents of up to {CLASSIFIER_TOKENS} tokens")
+        elif rules.quality is not None:
+            said.append(f"the judge {min(rules.quality.labels, len(every)):,} documents for labels")
+            counts = {source: min(n, rules.quality.fewest) for source, n in counts.items()}
+        for name in ("reasoning", "domain"):
+            rule = getattr(rules, name)
+            if rule is not None:
+                said.append(f"the judge up to {sum(counts.values()):,} for {name} (about {human(sum(counts.values()) * tokens)} tokens and the question)")
+                counts = {source: min(n, max(round(rule.keep * n), rule.fewest)) for source, n in counts.items()}
+        if rules.semantic is not None:
+            said.append(f"its embedding of up to {sum(counts.values()):,} for semantic duplicates")
+        log.info("probe: to be read, of %d sources: %s", len(sieves), "; ".join(said))
+
+    def _check(self, sieves: Sequence[SourceSieve]) -> None:
+        """Measure the judge on documents of this run: against their own words in random order, and across capabilities."""
+        config, judge, rules = self.config, self._judge(), self.config.rules
+        assert config.judge is not None
+        questions = {"quality": rules.quality.question} if rules.quality is not None and rules.quality.classifier is None else {}
+        if rules.reasoning is not None:
+            questions["reasoning"] = rules.reasoning.question
+        against_shuffled = list(questions)
+        if rules.domain is not None:
+            questions |= {f"domain {name}": rules.domain.question.replace("{about}", rules.domain.about[name]) for name in config.capabilities}
+        record = JudgeRecord(
+            model=config.judge.model.name, sha256=judge.sha256, precision=config.judge.model.precision, template=config.judge.template, tokens=config.judge.tokens,
+            questions=questions, checks=[],
+        )
+        if questions:
+            rows = _evenly(sieves, config.judge.checked)
+            owner, _ = _places(sieves)
+            texts = self._texts(sieves, rows)
+            rng = generator(config.seed or 0, "judge check")
+            shuffled = [" ".join(rng.permutation(text.split())) for text in texts]
+
+            def measure(label: str, whose: list[str], asked: dict[str, str]) -> dict[str, np.ndarray]:
+                """question -> [n, 2]: score, and p of both answers together"""
+                key = {"check": label, "questions": asked, **self._identity()}
+                found = self.store.of(
+                    f"check {label}", key, _windows(sieves)[rows], lambda part: np.stack(judge.ask([whose[i] for i in part], list(asked.values())), -1)
+                )
+                return {name: found[:, q] for q, name in enumerate(asked)}
+
+            real = measure("documents", texts, questions)
+            mixed = measure("shuffled", shuffled, {name: questions[name] for name in against_shuffled}) if against_shuffled else {}
+            checks = [_compared(f"{name}: documents against their own words in random order", real[name], mixed[name]) for name in against_shuffled]
+            for capability in config.capabilities if rules.domain is not None else ():
+                inside = np.array([capability in self.members[sieves[o].source] for o in owner[rows]])
+                if inside.any() and not inside.all():
+                    found = real[f"domain {capability}"]
+                    checks.append(_compared(f"domain {capability}: documents of its sources against those of the others", found[inside], found[~inside]))
+            record = record.model_copy(update={"checks": checks})
+        self.found.judge = record
+        for check in record.checks:
+            said = f"judge {record.model}, {check.name}: AUC {check.auc:.2f} [{check.low:.2f}, {check.high:.2f}] (n = {check.first} and {check.second})"
+            log.info("probe: %s: %s", said, check.verdict)
+            if check.verdict != "better than chance":
+                self.found.note(f"{said} is {check.verdict}: this sieve does not choose what it is meant to")
+
+    def _judge(self) -> Judge:
+        assert self.judge is not None  # ProbeConfig checked that rules that ask have a judge
+        return self.judge
+
+    def _identity(self) -> dict[str, Any]:
+        """What the judge's numbers depend on besides text and question."""
+        assert self.config.judge is not None
+        shown = self.config.judge.model_dump(mode="json", include={"template", "tokens", "batch"})
+        return {**shown, "precision": self.config.judge.model.precision, "sha256": self._judge().sha256, "tokenizer": self.shards.tokenizer.sha256}
+
+    def _tokens(self, sieves: Sequence[SourceSieve], rows: np.ndarray) -> int:
+        """Tokens of windows as far as they are shown, counted in the shards' own."""
+        sizes = np.concatenate([sieve.size for sieve in sieves])[rows]
+        return int(np.minimum(sizes, self.config.judge.tokens if self.config.judge is not None else CLASSIFIER_TOKENS).sum())
+
+    def _texts(self, sieves: Sequence[SourceSieve], rows: np.ndarray) -> list[str]:
+        """Text of windows, by their numbers over all sources. Half characters at the edges are cut off."""
+        info, (owner, place) = self.shards.tokenizer.info, _places(sieves)
+        special = [i for i in (info.bos_id, info.eos_id, info.pad_id, *info.chat_ids.values()) if i is not None]
+        found = []
+        for row in rows:
+            tokens = sieves[owner[row]].window(place[row])
+            found.append(self.shards.tokenizer.decode(tokens[~np.isin(tokens, special)].tolist()).strip("\ufffd"))
+        return found
+
+
+def _compared(name: str, first: np.ndarray, second: np.ndarray) -> JudgeCheck:
+    """first [n, 2], second [m, 2]: score, and p of both answers together."""
+    value, low, high = auc(first[:, 0], second[:, 0])
+    return JudgeCheck(name=name, auc=value, low=low, high=high, first=len(first), second=len(second), answered=float(np.concatenate([first, second])[:, 1].mean()))
+
+
+def _places(sieves: Sequence[SourceSieve]) -> tuple[np.ndarray, np.ndarray]:
+    """(number of its source, place among that source's) of every candidate, each int64 [N]."""
+    owner = np.repeat(np.arange(len(sieves)), [len(sieve) for sieve in sieves])
+    return owner, np.concatenate([np.arange(len(sieve)) for sieve in sieves])
+
+
+def _windows(sieves: Sequence[SourceSieve]) -> np.ndarray:
+    """int64 [N, 4]: number of the source, document, first token, tokens."""
+    owner, _ = _places(sieves)
+    return np.stack([owner, *(np.concatenate([getattr(sieve, column) for sieve in sieves]) for column in ("index", "start", "size"))], 1)
+
+
+def _evenly(sieves: Sequence[SourceSieve], count: int) -> np.ndarray:
+    """Numbers of about `count` candidates, as many of each source as there are: the first of each in keyed order."""
+    owner, place = _places(sieves)
+    order = np.lexsort((owner, place))  # the first of every source, then the second of every source, ...
+    return np.sort(order[:count])
