@@ -128,12 +128,16 @@ def _corpus(artifact: Artifact, step: Step) -> Corpus:
 
 
 def _probe(artifact: Artifact, step: Step) -> Probe:
-    capabilities = load_probe(artifact).capabilities
+    found = load_probe(artifact)
+    capabilities = found.capabilities
     return Probe(
         step=step.name,
         documents={name: dict(Counter(d.source for d in probe.documents)) for name, probe in capabilities.items()},
         tokens={name: sum(d.n_tokens for d in probe.documents) for name, probe in capabilities.items()},
-        sieves={name: tuple((s.name, s.source, s.entered, s.left) for s in p.sieves) for name, p in capabilities.items()},
+        sieves={name: tuple(p.sieves) for name, p in capabilities.items()},
+        judge=found.judge,
+        quality=found.quality,
+        notes=tuple(found.notes),
     )
 
 

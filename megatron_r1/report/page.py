@@ -21,6 +21,7 @@ from megatron_r1.report.records import (
     Evaluated,
     Influence,
     MixtureView,
+    Probe,
     Reliable,
     Result,
     Run,
@@ -137,6 +138,7 @@ def render(run: Run, verdicts: Sequence[Verdict], drawn: Drawn, title: str, own:
         "summary": summary(run),
         "arc": Markup(draw_arc(gathered([*run.steps, own]), "Graph of the run's steps; the table under Provenance lists the same links")),
         "corpora": [corpus_rows(run, c.sources) for c in run.corpora],
+        "funnels": [funnel(run, p) for p in run.probes],
         "dropped": [dropped_counts(c.sources) for c in run.corpora],
         "heat": [heat_map(run, i) for i in run.influences],
         "rounds": [round_table(run, chain) for chain, _ in drawn.rounds],
@@ -217,6 +219,18 @@ def corpus_rows(run: Run, sources: Sequence[Source]) -> list[tuple[Source, str, 
     by_name = {s.name: s for s in sources}
     ordered = [by_name[name] for name in source_order(run, by_name)]
     return [(s, str(s.origin.get("about", "")), ", ".join(origin_parts(s.origin))) for s in ordered]
+
+
+def funnel(run: Run, probe: Probe) -> dict[str, Any]:
+    """How many documents of each source every sieve let through: one row a source, one column a sieve, in order."""
+    every = {(s.source, s.name): s for sieves in probe.sieves.values() for s in sieves}
+    columns = list(dict.fromkeys(name for _, name in every))
+    by_source = {source: [every.get((source, name)) for name in columns] for source in source_order(run, dict.fromkeys(source for source, _ in every))}
+    return {
+        "columns": columns,
+        "rows": [(source, next(s.entered for s in cells if s), cells) for source, cells in by_source.items()],
+        "relaxed": [s for cells in by_source.values() for s in cells if s and s.relaxed],
+    }
 
 
 def dropped_counts(sources: Sequence[Source]) -> list[tuple[str, int]]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.artifacts.mixture import Decision, KeptDocuments, PerplexityRecord, Redundancy, Regression
+from megatron_r1.artifacts.probe import JudgeRecord, QualityRecord, SieveRecord
 from megatron_r1.artifacts.training_scores import TrainingScores
 
 
@@ -92,12 +93,15 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Probe:
-    """Held-out probe documents. `documents[capability][source]` counts them; `sieves` holds (rule, source, in, out)."""
+    """Held-out probe documents. `documents[capability][source]` counts them; `sieves`: every rule's counts, by capability and source."""
 
     step: str
     documents: Mapping[str, Mapping[str, int]]
     tokens: Mapping[str, int]
-    sieves: Mapping[str, tuple[tuple[str, str, int, int], ...]]
+    sieves: Mapping[str, tuple[SieveRecord, ...]]
+    judge: JudgeRecord | None
+    quality: QualityRecord | None
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -61,12 +61,12 @@ def _corpora(run: Run) -> Table:
 
 def _probes(run: Run) -> Table:
     rows = (
-        (p.step, capability, rule, source, entered, left)
+        (p.step, capability, s.name, s.source, s.entered, s.left, s.threshold, s.relaxed)
         for p in run.probes
         for capability, sieves in p.sieves.items()
-        for rule, source, entered, left in sieves
+        for s in sieves
     )
-    return _table("probe_sieves", "step capability rule source documents_in documents_out", rows)
+    return _table("probe_sieves", "step capability rule source documents_in documents_out threshold relaxed", rows)
 
 
 def _influence(run: Run) -> Table:

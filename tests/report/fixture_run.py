@@ -16,7 +16,15 @@ from megatron_r1.artifacts.base import Artifact, Workspace, open_workspace
 from megatron_r1.artifacts.checkpoint import CheckpointRecord, TrainManifest
 from megatron_r1.artifacts.influence import Cell, Direction, InfluenceRecord, Reliability, ScoredCheckpoint, column
 from megatron_r1.artifacts.mixture import Decision, KeptDocuments, Mixture, PaperStop, StatisticalStop, write_kept
-from megatron_r1.artifacts.probe import CapabilityProbe, ProbeDocument, ProbeSet, SieveRecord
+from megatron_r1.artifacts.probe import (
+    CapabilityProbe,
+    JudgeCheck,
+    JudgeRecord,
+    ProbeDocument,
+    ProbeSet,
+    QualityRecord,
+    SieveRecord,
+)
 from megatron_r1.artifacts.training_scores import ScoresLayout, SourceScore, TrainingScores
 from megatron_r1.model.config import ModelConfig
 from megatron_r1.report.config import ReportConfig, ReportInputs
@@ -102,8 +110,14 @@ class FixtureRun:
         for capability, sources in PROBED.items():
             documents = [ProbeDocument(source=s, split="probe", index=i, id=f"{s}/{i}", start=0, n_tokens=257) for s in sources for i in range(6)]
             sieves = [SieveRecord(name="length", source=s, entered=20, left=12) for s in sources]
+            sieves += [SieveRecord(name="reasoning", source=s, entered=12, left=6, threshold="best 6: score >= 0.5", relaxed=f"too few of {s}") for s in sources]
             capabilities[capability] = CapabilityProbe(documents=documents, sieves=sieves)
-        ProbeSet(capabilities=capabilities, shards="f" * 64, tokenizer="ab" * 32, tokens_per_document=256).save(work.path / "probe.json")
+        checks = [JudgeCheck(name="reasoning: two kinds", auc=0.48, low=0.37, high=0.59, first=54, second=54, answered=0.9)]
+        judge = JudgeRecord(model="a-judge", sha256={}, precision="fp32", template="chat", tokens=192, questions={"reasoning": "Is it?"}, checks=checks)
+        quality = QualityRecord(kind="trained", name="ridge", labels=100, ridge=1.0, pearson=0.4, spearman=0.41)
+        ProbeSet(
+            capabilities=capabilities, shards="f" * 64, tokenizer="ab" * 32, tokens_per_document=256, judge=judge, quality=quality, notes=["a remark on the judge"],
+        ).save(work.path / "probe.json")
         return self.seal(work)
 
     def influence(

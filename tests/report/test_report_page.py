@@ -102,6 +102,17 @@ def test_distractors_are_labelled_and_others_are_not(page: str) -> None:
     assert marked == {"x_minjs", "x_shuffled"}
 
 
+def test_probe_sieves_are_a_funnel_and_the_judge_is_measured(outline: Outline, report: Artifact) -> None:
+    text = re.sub(r"\s+", " ", outline.text)
+    assert "champ 20 12 6* " in text
+    assert "champ, reasoning: too few of champ" in text
+    assert "reasoning: two kinds 0.48 0.37 to 0.59 54 and 54 no better than chance" in text
+    assert "the published classifier was not used; a small one was trained in this run" in text
+    assert "A remark on the judge." in text
+    rows = list(csv.DictReader(report.file("tables/probe_sieves.csv").read_text().splitlines()))
+    assert {(r["rule"], r["threshold"]) for r in rows} == {("length", ""), ("reasoning", "best 6: score >= 0.5")}
+
+
 def test_heat_map_shows_stored_means_with_their_intervals(outline: Outline, whole: FixtureRun) -> None:
     text = re.sub(r"\s+", " ", outline.text.replace("\N{MINUS SIGN}", "-"))
     for step in ("influence1", "influence2"):
