@@ -202,7 +202,7 @@ def _trained_on(recipe: Recipe, corpus: str) -> Iterable[str]:
 
 def _probe(recipe: Recipe, step: str) -> dict[str, Any]:
     config: Any = recipe.steps[step]
-    return {"tokens": config.documents * len(config.capabilities) * config.tokens_per_document, "notes": ("tokens: at most, for windows of full length",)}
+    return {"tokens": sum(config.windows.values()) * config.tokens_per_document, "notes": ("tokens: at most, for windows of full length",)}
 
 
 def _mixture(recipe: Recipe, step: str) -> dict[str, Any]:
@@ -289,9 +289,10 @@ def _influence(recipe: Recipe, step: str) -> dict[str, Any]:
     config: Any = recipe.steps[step]
     probe: Any = recipe.steps[config.inputs.probe]
     model = model_of(recipe, config.inputs.checkpoint)
-    capabilities, length = len(config.capabilities or probe.capabilities), config.tokens_per_document
+    named = config.capabilities or list(probe.capabilities)
+    capabilities, length = len(named), config.tokens_per_document
     documents = config.documents * len(config.sources or pools(recipe, config.inputs.shards))
-    look = capabilities * probe.documents * probe.tokens_per_document
+    look = sum(probe.windows[name] for name in named) * probe.tokens_per_document
     split = 0 if config.probe_folds == 1 else documents // config.documents * (config.fold_documents or config.documents)
     receipt = config.validity.batches * (3 * config.validity.documents * length + look) + (look if config.validity.batches else 0)
     check = config.check_forwards(capabilities) * min(config.fd_check_documents, documents)

@@ -31,6 +31,7 @@ class CapabilityConfig(Frozen):
         description="source -> share of the capability's probe documents (relative numbers; they need not sum to 1). "
         "Several sources per capability keep one corpus' style from standing for the capability.",
     )
+    documents: int | None = Field(default=None, ge=2, description="probe windows of this capability; none: the step's `documents`")
 
     @field_validator("sources")
     @classmethod
@@ -222,6 +223,11 @@ class ProbeConfig(StageConfig):
         return self
 
     @property
+    def windows(self) -> dict[str, int]:
+        """Capability -> how many probe windows it is to have."""
+        return {name: capability.documents or self.documents for name, capability in self.capabilities.items()}
+
+    @property
     def needs_model(self) -> bool:
         """Whether the step runs a model, so that all processes of a job take part."""
         return self.judge is not None or self.rules.quality is not None
@@ -230,10 +236,12 @@ class ProbeConfig(StageConfig):
 def describe(config: ProbeConfig) -> str:
     """Return one line that says what this step would do."""
     sources = len({source for capability in config.capabilities.values() for source in capability.sources})
+    counts = sorted(set(config.windows.values()))
+    documents = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     asked = [name for name in ("quality", "reasoning", "domain", "semantic") if getattr(config.rules, name) is not None]
     by = f", sieved by {', '.join(asked)}" if asked else ""
     judge = f" (judge: {config.judge.model.name})" if config.judge is not None else ""
     return (
-        f"pick {config.documents} held-out windows of up to {config.tokens_per_document} tokens for each of "
+        f"pick {documents} held-out windows of up to {config.tokens_per_document} tokens for each of "
         f"{', '.join(config.capabilities)} from {sources} source{'' if sources == 1 else 's'}{by}{judge}"
     )

@@ -144,7 +144,7 @@ def _compose(
     config: ProbeConfig, name: str, shares: Mapping[str, float], sieves: Mapping[str, SourceSieve]
 ) -> CapabilityProbe:
     documents, short, records = [], {}, []
-    for source, count in allocate(config.documents, shares).items():
+    for source, count in allocate(config.windows[name], shares).items():
         left = sieves[source]
         if len(left) < count:
             short[source] = count - len(left)

@@ -359,6 +359,14 @@ def test_method_part(tmp_path: Path, size: str) -> None:
             name: {NAMES[source] for source in members | SHARED} for name, members in PROBED.items()
         }
         assert found.inputs.shards == shards
+        # Section 5.1.1: FineWeb-Edu score above 4, the top 10 % twice, about 10k of each set; the members' union is a capability's set.
+        rules = found.rules
+        assert rules.quality.classifier.endswith("fineweb-edu-classifier")
+        assert (rules.quality.above, rules.reasoning.keep, rules.domain.keep, rules.semantic.keep) == (4, 0.1, 0.1, 10_000)
+        assert found.windows == {name: 10_000 * len(capability.sources) for name, capability in found.capabilities.items()}
+        assert found.judge.model.hf_folder.endswith("Llama-3.1-8B-Instruct")
+        # Every sieve may be relaxed, but only to more than what the next one needs.
+        assert rules.candidates > rules.quality.fewest > rules.reasoning.fewest > rules.domain.fewest > rules.semantic.keep
     expected = {  # mixture: (influence step, checkpoint it is measured at, checkpoints T)
         "mix_pretrain2": ("influence_pretrain", "pretrain1", 10),
         "mix_midtrain1": ("influence_midtrain1", "pretrain2", 1),
