@@ -166,7 +166,7 @@ def _check_disjoint(shards: ShardSet, capabilities: Mapping[str, CapabilityProbe
     for probe in capabilities.values():
         for document in probe.documents:
             picked.setdefault(document.source, set()).add(document.id)
-    collisions = {source: sorted(ids & set(shards.split(source, "train").ids)) for source, ids in picked.items()}
+    collisions = {source: sorted(id for id in shards.split(source, "train").ids if id in ids) for source, ids in picked.items()}
     found = {source: ids for source, ids in collisions.items() if ids}
     if found:
         source, ids = next(iter(found.items()))

@@ -27,6 +27,7 @@ class SourceSieve:
     shard: Any
     index: np.ndarray  # int64 [n], position of the document in its split
     start: np.ndarray  # int64 [n], first token of the window in the document
+    place: np.ndarray  # int64 [n], the same in the split's tokens end to end
     size: np.ndarray  # int64 [n], tokens of the window
     score: np.ndarray  # float64 [n], of the last rule that scores; 0 before
     records: list[SieveRecord] = field(default_factory=list)
@@ -37,7 +38,7 @@ class SourceSieve:
 
     def window(self, i: int) -> np.ndarray:
         """Tokens of candidate i, [size(i)]."""
-        return np.asarray(self.shard.read(int(self.shard.offsets[self.index[i]] + self.start[i]), int(self.size[i])))
+        return np.asarray(self.shard.read(int(self.place[i]), int(self.size[i])))
 
     def windows(self) -> Iterator[np.ndarray]:
         """Tokens of every candidate, one after the other."""
@@ -46,7 +47,7 @@ class SourceSieve:
     def keep(self, name: str, passed: np.ndarray, fix: str, threshold: str = "", relaxed: str = "") -> None:
         """Apply one rule: `passed` bool [n]. Raises DataError when it leaves nothing: which rule, and how to relax it."""
         self.record(name, len(self), int(passed.sum()), fix, threshold, relaxed)
-        for column in ("index", "start", "size", "score"):
+        for column in ("index", "start", "place", "size", "score"):
             setattr(self, column, getattr(self, column)[passed])
 
     def record(self, name: str, entered: int, left: int, fix: str, threshold: str = "", relaxed: str = "") -> None:
@@ -71,7 +72,8 @@ def draw(config: ProbeConfig, source: str, shard: Any) -> SourceSieve:
     lengths = np.asarray(shard.lengths)[chosen].astype(np.int64)
     spare = np.maximum(lengths - (config.tokens_per_document + 1), 0)
     start = (places[: len(chosen)] * (spare + 1)).astype(np.int64) if config.window == "random" else np.zeros(len(chosen), np.int64)
-    sieve = SourceSieve(source, shard, chosen, start, np.minimum(lengths, config.tokens_per_document + 1), np.zeros(len(chosen)))
+    place = np.asarray(shard.offsets)[chosen] + start
+    sieve = SourceSieve(source, shard, chosen, start, place, np.minimum(lengths, config.tokens_per_document + 1), np.zeros(len(chosen)))
     sieve.record("draw", total, len(chosen), "give the corpus a larger probe split (its `splits` setting)")
     upper = np.inf if rules.max_tokens is None else rules.max_tokens
     sieve.keep(

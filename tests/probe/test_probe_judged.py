@@ -124,7 +124,7 @@ def test_embeddings_are_means_of_last_hidden_states(folder: Path) -> None:
 def test_a_judge_that_cannot_answer_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"at most 2048 tokens(?s:.)*lower judge.tokens"):
         Judge(JudgeConfig.model_validate(judge_settings(folder, tokens=2048)), CPU).ask(["text"], QUESTIONS)
-    with pytest.raises(ConfigError, match=r"correct judge.model.hf_folder"):
+    with pytest.raises(ConfigError, match=r"correct judge\.model\.hf_folder"):
         Judge(JudgeConfig.model_validate(judge_settings(tmp_path / "nowhere")), CPU)
     copy = tmp_path / "silent"
     shutil.copytree(folder, copy)
