@@ -6,6 +6,7 @@ file, writes `manifest.json`, flushes everything to disk and renames the folder:
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -58,6 +59,17 @@ class Manifest(Frozen):
     versions: dict[str, str] = Field(description="versions of the packages a number may depend on")
     files: dict[str, FileRecord] = Field(description="payload: relative path -> size and checksum")
     summary: dict[str, Any] = Field(description="the stage's own small figures")
+    checksum: str = Field("", description="hex SHA-256 of this record without this field, as canonical JSON; empty in manifests of earlier releases")
+
+    def sealed(self) -> Manifest:
+        """This record with its checksum."""
+        return self.model_copy(update={"checksum": self.expected_checksum()})
+
+    def expected_checksum(self) -> str:
+        """What `checksum` must be."""
+        # By way of JSON text: what is read back may differ from what was given (keys that were numbers are text).
+        plain = json.loads(json.dumps(self.plain(), allow_nan=False))
+        return fingerprint({key: value for key, value in plain.items() if key != "checksum"})
 
 
 class Artifact:
@@ -129,13 +141,19 @@ def open_artifact(path: Path | str, kind: str | None = None, verify: Verify = "s
         manifest = Manifest.model_validate(io.read_json(path / MANIFEST))
     except ValidationError as error:
         raise ArtifactError(
-            expected=f"a manifest of schema version {SCHEMA_VERSION} in {path}", found=f"{error.error_count()} wrong or missing fields",
+            expected=f"a manifest of schema version {SCHEMA_VERSION} in {path / MANIFEST}", found=f"{error.error_count()} wrong or missing fields",
             fix="delete the folder and run the same command again",
         ) from error
     if manifest.schema_version != SCHEMA_VERSION:
         raise ArtifactError(
-            expected=f"schema version {SCHEMA_VERSION} in {path}", found=f"version {manifest.schema_version}",
+            expected=f"schema version {SCHEMA_VERSION} in {path / MANIFEST}", found=f"version {manifest.schema_version}",
             fix="make the artifact again with this release, or use the release that made it",
+        )
+    if manifest.checksum and manifest.checksum != manifest.expected_checksum():
+        raise ArtifactError(
+            expected=f"{path / MANIFEST} with the checksum it holds ({manifest.checksum[:16]}...)",
+            found=f"SHA-256 {manifest.expected_checksum()[:16]}... (a bit was flipped or the file was edited)",
+            fix="restore the file, or delete the folder and run the same command again",
         )
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(expected=f"a {kind} artifact", found=f"{path.name} is of kind {manifest.kind}", fix="point this input at a step that makes the right kind")
@@ -210,7 +228,7 @@ class Workspace:
             parents={role: _parent(value) for role, value in self._parents.items() if value is not None}, command=self._command,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"), seconds=round(seconds, 3), machine=machine.describe(),
             versions={"megatron_r1": __version__, **machine.versions()}, files=files, summary=summary or {},
-        )
+        ).sealed()
         io.atomic_write_json(self.path / MANIFEST, manifest.plain())
         with io.disk_errors(self.final):
             for folder in {path.parent for path in self.path.rglob("*")}:

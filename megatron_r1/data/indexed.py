@@ -367,9 +367,10 @@ class Index:
     written by this project) is read through once and checked for consistency.
     """
 
-    def __init__(self, path: Path, check: bool | None = None, crc: int | None = None, fix: str = AGAIN) -> None:
-        self.path = Path(path)
-        reader = self._reader = BlockReader(path, None, check, crc, fix)
+    def __init__(self, path: Path | BlockReader, fix: str = AGAIN) -> None:
+        reader = self._reader = path if isinstance(path, BlockReader) else BlockReader(Path(path), check=None, fix=fix)
+        self.path = path = reader.path
+        fix = reader.fix
         raw = reader.bytes(0, min(HEADER.size, reader.size)).tobytes()
         if len(raw) < HEADER.size or not raw.startswith(MAGIC):
             raise DataError(expected=f"a Megatron index (it begins with {MAGIC[:7]!r}) in {path}", found=f"{raw[:9]!r}", fix=fix)

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from megatron_r1.config.base import Frozen
 from megatron_r1.data.documents import Column, Documents, DocumentsWriter
 from megatron_r1.data.indexed import AGAIN, BlockReader, Index, IndexedWriter, crc_path, suffixed, token_dtype
 from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.utils.errors import ArtifactError, DataError
+from megatron_r1.utils.errors import ArtifactError, DataError, R1Error
 from megatron_r1.utils.io import read_json
 
 SPLITS = ("train", "probe", "test", "control")
@@ -33,6 +33,9 @@ DOMAINS = ("code", "math", "knowledge", "web", "chat", "science", "noise")
 Domain = Literal["code", "math", "knowledge", "web", "chat", "science", "noise"]
 Format = Literal["text", "chat"]
 SOURCES_FILE = "sources.json"
+SUFFIXES = (".bin", ".idx", ".docs.parquet", ".mask")
+NO_SUMS = -1
+REMAKE = "make these files again, or restore them"
 SCHEMA_VERSION = 2
 """Of sources.json and the files it describes. 1: checksums of whole files for .idx and docs.parquet, no origin of documents."""
 
@@ -43,7 +46,7 @@ class SplitRecord(Frozen):
     documents: int = Field(description="documents")
     tokens: int = Field(description="tokens, end-of-text tokens included")
     bytes: int = Field(description="UTF-8 bytes of the text the tokens stand for (what bits per byte divide by)")
-    files: dict[str, list[int]] = Field(default_factory=dict, description="suffix -> [bytes, CRC-32 of its .crc file, which has the CRC-32 of every block]")
+    files: dict[str, list[int]] = Field(default_factory=dict, description="suffix -> [bytes, CRC-32 of its .crc file, which has the CRC-32 of every block; -1: no such file]")
 
 
 class SourceRecord(Frozen):
@@ -64,13 +67,14 @@ class SourceRecord(Frozen):
         return self.splits["train"].tokens if "train" in self.splits else 0
 
 
-def describe(prefix: Path, bytes: int, masked: bool = False, documents_file: bool = True) -> SplitRecord:
-    """The record of the files of a split that lie on disk with their checksums. bytes: UTF-8 bytes of the text."""
+def describe(prefix: Path, bytes: int, fix: str = AGAIN) -> SplitRecord:
+    """The record of the files of a split that lie on disk, with their checksums where there are any. bytes: UTF-8 bytes of the text."""
     files = {}
-    for suffix in (".bin", ".idx", *([".docs.parquet"] if documents_file else []), *([".mask"] if masked else [])):
+    for suffix in SUFFIXES:
         path = suffixed(prefix, suffix)
-        files[suffix] = [path.stat().st_size, zlib.crc32(crc_path(path).read_bytes())]
-    index = Index(suffixed(prefix, ".idx"))
+        if path.is_file():
+            files[suffix] = [path.stat().st_size, zlib.crc32(crc_path(path).read_bytes()) if crc_path(path).is_file() else NO_SUMS]
+    index = Index(suffixed(prefix, ".idx"), fix=fix)
     return SplitRecord(documents=index.documents, tokens=index.tokens, bytes=bytes, files=files)
 
 
@@ -80,34 +84,59 @@ class Shard:
     A shard without documents is fine. Raises DataError when files are missing, of another size or not what the record says.
     """
 
-    def __init__(self, prefix: Path, record: SplitRecord, label: str = "") -> None:
-        self.prefix, self.record, self.label = prefix, record, label or prefix.name
+    def __init__(self, prefix: Path, record: SplitRecord, label: str = "", fix: str = AGAIN) -> None:
+        self.prefix, self.record, self.label, self.fix = prefix, record, label or prefix.name, fix
         self.index: Index | None = None
         self.dtype = np.dtype(np.uint16)
         self._readers: dict[str, BlockReader] = {}
         if not record.documents:
             return
-        for suffix in (".bin", ".docs.parquet", *([".mask"] if ".mask" in record.files else [])):
-            self._readers[suffix] = BlockReader(suffixed(prefix, suffix), *self._known(suffix))
-        path = suffixed(prefix, ".idx")
-        size, check, crc = self._known(".idx")
-        BlockReader(path, size, check, crc)
-        self.index = Index(path, check, crc)
+        for suffix in SUFFIXES:
+            if suffix in record.files or suffix in (".bin", ".idx"):
+                size, crc = record.files.get(suffix, [-1, 0])
+                self._readers[suffix] = BlockReader(suffixed(prefix, suffix), size, crc != NO_SUMS, crc, fix)
+        self.index = Index(self._readers[".idx"])
         self.dtype = self.index.dtype
         found = (len(self.index), self.index.tokens)
         if found != (record.documents, record.tokens):
             raise DataError(
-                expected=f"{record.documents} documents with {record.tokens} tokens in {path}", found=f"{found[0]} documents with {found[1]} tokens", fix=AGAIN,
+                expected=f"{record.documents} documents with {record.tokens} tokens in {self.index.path}", found=f"{found[0]} documents with {found[1]} tokens", fix=fix,
             )
         for suffix, width in ((".bin", self.dtype.itemsize), (".mask", 1)):
             if suffix in self._readers and self._readers[suffix].size != record.tokens * width:
                 raise DataError(
-                    expected=f"{suffixed(prefix, suffix)} with {record.tokens * width} bytes for {record.tokens} tokens", found=f"{self._readers[suffix].size} bytes", fix=AGAIN
+                    expected=f"{suffixed(prefix, suffix)} with {record.tokens * width} bytes for {record.tokens} tokens", found=f"{self._readers[suffix].size} bytes", fix=fix
                 )
 
-    def _known(self, suffix: str) -> tuple[int, bool, int]:
-        size, crc = self.record.files.get(suffix, [-1, -1])
-        return size, True, crc
+    @classmethod
+    def at(cls, prefix: Path | str, label: str = "") -> Shard:
+        """The dataset `<prefix>.bin`, `.idx`, of this project or of Megatron, with the sidecar and checksums that lie beside it.
+
+        Raises DataError when damaged; without checksums, only what contradicts itself is damaged.
+        """
+        prefix = Path(prefix)
+        if prefix.suffix in (".bin", ".idx"):
+            prefix = prefix.with_suffix("")
+        record = describe(prefix, 0, REMAKE)
+        shard = cls(prefix, record, label, REMAKE)
+        if ".docs.parquet" in record.files:
+            shard.record = record.model_copy(update={"bytes": int(shard.document_bytes.sum())})
+        return shard
+
+    @property
+    def checked(self) -> bool:
+        """Whether every file has checksums."""
+        return all(reader.checked for reader in self._readers.values())
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is a loss mask."""
+        return ".mask" in self.record.files
+
+    @property
+    def documented(self) -> bool:
+        """Whether there is a docs.parquet."""
+        return ".docs.parquet" in self.record.files
 
     def __len__(self) -> int:
         """Documents."""
@@ -153,7 +182,7 @@ class Shard:
         if ".mask" not in self._readers:
             return None
         start, end = self.edges(int(i), int(i) + 1).tolist()
-        return self._readers[".mask"].bytes(start, end)
+        return self.read_mask(start, end - start)
 
     def read(self, start: int, n: int) -> np.ndarray:
         """Tokens [n] from position `start` of all documents end to end."""
@@ -168,22 +197,21 @@ class Shard:
         """Tokens [k, n] from positions `starts` int[k]: `read` for many at once, copied."""
         return self._readers[".bin"].windows(starts, n, self.dtype)
 
-    @property
-    def masked(self) -> bool:
-        """Whether documents have loss masks."""
-        return ".mask" in self._readers
-
     def read_mask(self, start: int, n: int) -> np.ndarray:
         """Loss mask uint8[n] from position `start` of all documents end to end. Only of a shard that is `masked`."""
-        return self._readers[".mask"].bytes(start, start + n)
+        return self._readers[".mask"].bytes(start, start + n) if n else np.zeros(0, np.uint8)
+
+    def damaged(self) -> list[R1Error]:
+        """Check every block of every file, and that they agree: one error for each damaged file."""
+        checks = [reader.verify for reader in self._readers.values()]
+        found = _errors(checks)
+        # What contradicts itself although every block is as it was written.
+        return found or _errors([self.index.verify, *([self.documents.verify] if self.documented else [])] if self.index is not None else [])
 
     def verify(self) -> None:
-        """Check every block of every file, and that they agree. Raises DataError naming the first damaged one."""
-        for reader in self._readers.values():
-            reader.verify()
-        if self.index is not None:
-            self.index.verify()
-            self.documents.verify()
+        """Check every block of every file now. Raises DataError naming the first damaged one."""
+        for error in self.damaged():
+            raise error
 
     @cached_property
     def documents(self) -> Documents:
@@ -211,6 +239,16 @@ class Shard:
         return self.documents.column("n_bytes").numbers() if self.record.documents else np.zeros(0, np.int64)
 
 
+def _errors(checks: Iterable[Callable[[], None]]) -> list[R1Error]:
+    found = []
+    for check in checks:
+        try:
+            check()
+        except R1Error as error:
+            found.append(error)
+    return found
+
+
 class ShardWriter:
     """Writes one split of one source under `prefix`; nothing is readable until `close` returned its record.
 
@@ -218,7 +256,7 @@ class ShardWriter:
     """
 
     def __init__(self, prefix: Path, vocab_size: int, masked: bool = False, tokenizer: str = "") -> None:
-        self.prefix, self._masked = Path(prefix), masked
+        self.prefix = Path(prefix)
         self._writer = IndexedWriter(self.prefix, token_dtype(vocab_size), masked)
         self._documents = DocumentsWriter(suffixed(self.prefix, ".docs.parquet"), tokenizer)
 
@@ -242,7 +280,7 @@ class ShardWriter:
         """Finish the files and describe them."""
         self._documents.close()
         self._writer.close()
-        return describe(self.prefix, self._documents.bytes, self._masked)
+        return describe(self.prefix, self._documents.bytes)
 
     def abandon(self) -> None:
         """Stop: what was written stays recognisably incomplete."""
@@ -313,3 +351,27 @@ class ShardSet:
             record = self.sources[source].splits.get(split) or SplitRecord(documents=0, tokens=0, bytes=0)
             self._shards[source, split] = Shard(self.path / "sources" / source / split, record, f"{source}/{split}")
         return self._shards[source, split]
+
+
+def find_document(shards: Mapping[tuple[str, str], Shard], where: str | None, id: str | None = None) -> Iterator[tuple[tuple[str, str], Shard, int]]:
+    """Documents by place ("SOURCE:SPLIT:NUMBER", or "NUMBER" when there is one shard) or by id: (source, split), shard, number.
+
+    Ids are looked for through all the shards, a row group at a time. Raises DataError when there is no such document.
+    """
+    if where is not None:
+        name, _, number = where.rpartition(":")
+        key = next((key for key in shards if name == ":".join(key) or (not name and len(shards) == 1)), None)
+        if key is None or not number.isdecimal():
+            raise DataError(expected="SOURCE:SPLIT:NUMBER, such as web_wiki:train:0 (of a .bin/.idx only NUMBER)", found=repr(where), fix="correct --document")
+        if int(number) >= len(shards[key]):
+            raise DataError(expected=f"a document number below {len(shards[key])}", found=number, fix="correct --document")
+        yield key, shards[key], int(number)
+        return
+    found = False
+    for key, shard in shards.items():
+        for number, identity in enumerate(shard.ids):
+            if identity == id:
+                found = True
+                yield key, shard, number
+    if not found:
+        raise DataError(expected=f"a document of id {id!r}", found=f"none in {len(shards)} splits", fix="correct --id (ids are unique within a source, and written as the sidecar has them)")

@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py and tools/inspect_shards.py from the command line."""
+"""tools/preprocess_data.py from the command line."""
 
 import importlib.util
 import json
@@ -76,26 +76,3 @@ def test_bad_lines_are_listed(setting, tmp_path, capsys):
     assert (record["offset"], record["excerpt"]) == (source.stat().st_size - len("broken\n"), "broken")
     assert tool.main([*flags, "--max-bad-ratio", "0.1"]) == 0
     assert len(documents(tmp_path / "out" / "d_text_document")) == 40
-
-
-def test_inspecting_shards(tmp_path, setting, capsys):
-    from megatron_r1.artifacts.base import open_workspace
-    from megatron_r1.corpus.config import CorpusConfig
-    from megatron_r1.corpus.run import run
-
-    source = {"kind": "jsonl", "path": str(setting[1]), "domain": "web", "min_chars": 0}
-    config = CorpusConfig.model_validate({"seed": 0, "sources": {"mine": source}, "tokenizer": {"vocab_size": 400}, "decontaminate": None, "splits": {"probe": 0, "test": 0}})
-    artifact = run(config, {}, open_workspace(tmp_path / "runs", "corpus", "shards", config))
-    tool = load("inspect_shards")
-    capsys.readouterr()
-    assert tool.main([str(artifact.path), "--verify"]) == 0
-    out = capsys.readouterr().out
-    assert "mine" in out
-    assert "every block has its checksum" in out
-    assert tool.main([str(artifact.path), "--show", "mine:train:4"]) == 0
-    assert TEXTS[4] in capsys.readouterr().out
-    path = artifact.path / "sources" / "mine" / "train.bin"
-    path.write_bytes(path.read_bytes()[:-2])
-    for flags in (["--verify"], ["--show", "mine:train:0"], ["--show", "mine"]):
-        assert tool.main([str(artifact.path), *flags]) == 1
-        assert "expected" in capsys.readouterr().err
