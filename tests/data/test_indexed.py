@@ -5,7 +5,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from data_toys import toy_shard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1.data.indexed import (
@@ -191,6 +191,7 @@ def test_rows_give_the_same_bytes_however_they_arrive(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.part"))
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 9), max_size=60), data=st.data())
 def test_finding_documents(tmp_path_factory, lengths, data):
     """Against numpy over the whole array of offsets, with documents of no token and several strides."""
