@@ -22,8 +22,8 @@ import numpy as np
 from megatron_r1.corpus.config import CorpusConfig, SourceConfig, TokenizerConfig
 from megatron_r1.corpus.files import describe
 from megatron_r1.corpus.readers import Bad, read
+from megatron_r1.corpus.tokenise import BATCH_BYTES, BATCH_DOCUMENTS, use_threads
 from megatron_r1.corpus.tokenizers import make
-from megatron_r1.corpus.write import BATCH_BYTES, BATCH_DOCUMENTS, use_threads
 from megatron_r1.data.document import Document
 from megatron_r1.data.indexed import IndexedWriter, token_dtype
 from megatron_r1.data.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -212,13 +212,13 @@ class Workspace:
         self._began = time.monotonic()
 
     def complete(self, summary: dict[str, Any] | None = None) -> Artifact:
-        """Seal the artifact: checksums, manifest, fsync, rename. Call once, last, on rank 0 only."""
+        """Seal the artifact: checksums, manifest, fsync, scratch removed, rename. Call once, last, on rank 0 only."""
         seconds = self._earlier_seconds() + time.monotonic() - self._began
-        shutil.rmtree(self.path / "tmp", ignore_errors=True)
         files = {}
         with io.disk_errors(self.path):
-            for path in sorted(self.path.rglob("*")):
-                if not path.is_file() or (path.name == MANIFEST and path.parent == self.path):
+            for path in sorted(self._payload()):
+                if path.name.startswith(".") and path.suffix == ".tmp":
+                    path.unlink()  # what a killed process was writing
                     continue
                 with open(path, "rb") as stream:
                     os.fsync(stream.fileno())
@@ -230,6 +230,27 @@ class Workspace:
             versions={"megatron_r1": __version__, **machine.versions()}, files=files, summary=summary or {},
         ).sealed()
         io.atomic_write_json(self.path / MANIFEST, manifest.plain())
+        return self._seal(manifest)
+
+    def sealed(self) -> Artifact | None:
+        """The artifact, when an attempt was interrupted after its manifest was written: all that was left to do is done. Else None."""
+        if not (self.path / MANIFEST).is_file():
+            return None
+        manifest = Manifest.model_validate(io.read_json(self.path / MANIFEST))
+        return self._seal(manifest)
+
+    def _payload(self) -> Iterator[Path]:
+        """Every file of the artifact."""
+        for folder, folders, names in os.walk(self.path):
+            at = Path(folder)
+            if at == self.path:
+                folders[:] = [name for name in folders if name != "tmp"]
+                names = [name for name in names if name != MANIFEST]
+            yield from (at / name for name in names)
+
+    def _seal(self, manifest: Manifest) -> Artifact:
+        # Scratch goes last: until the manifest is there, it is what a killed attempt goes on from.
+        shutil.rmtree(self.path / "tmp", ignore_errors=True)
         with io.disk_errors(self.final):
             for folder in {path.parent for path in self.path.rglob("*")}:
                 io.fsync_directory(folder)

@@ -103,6 +103,13 @@ class DecontaminateConfig(Frozen):
     ngram: int = Field(13, gt=1, description="words in a row that must agree")
 
 
+class NearDuplicatesConfig(Frozen):
+    """Documents that share most of their word n-grams with an earlier one are dropped (MinHash, 128 hashes, in bands)."""
+
+    threshold: float = Field(0.8, gt=0.3, le=1, description="share of all n-grams of the two texts that both have (Jaccard), estimated to 0.04, from which the later one is dropped")
+    ngram: int = Field(5, gt=0, description="words in a row that are compared; case and punctuation do not count")
+
+
 class CorpusInputs(Frozen):
     """What a corpus step reads."""
 
@@ -118,10 +125,15 @@ class CorpusConfig(StageConfig):
     tokenizer: TokenizerConfig = Field(default=TokenizerConfig(), description="the tokenizer, unless inputs.tokenizer names an earlier step's")
     splits: SplitConfig = Field(default=SplitConfig(), description="what is held out")
     decontaminate: DecontaminateConfig | None = Field(default=DecontaminateConfig(), description="removal of evaluation items; null switches it off")
+    near_duplicates: NearDuplicatesConfig | None = Field(None, description="removal of texts that are nearly those of an earlier document; sources with deduplicate: false take no part; off by default")
+    across_sources: bool = Field(False, description="look for duplicates and near-duplicates in all sources together, the first source keeping them; by default in each by itself")
+    shuffle: bool = Field(False, description="put every shard's documents in a random order (by id and the step's seed); by default they stay in the input's order, whose blocks mixtures draw in random order anyway")
     append_eos: bool = Field(True, description="end every text document with the end-of-text token")
     prepend_bos: bool = Field(False, description="begin every text document with the begin-of-text token (as the original's loader does)")
     max_bad_ratio: float = Field(0.01, ge=0, le=1, description="share of bad input per source (invalid JSON or UTF-8, empty, field missing) above which the step fails; it is quarantined in any case")
-    workers: int | None = Field(None, gt=0, description="threads that tokenise; by default all cores this process may use")
+    workers: int | None = Field(
+        None, gt=0, description="processes that share the work, one core each; by default all cores, and for less than 256 MB of input the threads of one process"
+    )
 
     @model_validator(mode="after")
     def _names(self) -> CorpusConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -32,6 +33,13 @@ class Overlap:
         for i in range(len(words) - self.ngram + 1):
             self._grams.setdefault(tuple(words[i : i + self.ngram]), name)
             self._vocabulary.update(words[i : i + self.ngram])
+
+    def digest(self) -> str:
+        """Equal for the same items."""
+        digest = hashlib.sha256(f"{self.ngram}".encode())
+        for gram, name in self._grams.items():
+            digest.update(" ".join((name, *gram)).encode("utf-8"))
+        return digest.hexdigest()
 
     def name(self, text: str) -> str | None:
         """The first item the text shares n words in a row with, or None. Linear in the text."""

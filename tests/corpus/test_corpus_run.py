@@ -3,11 +3,14 @@
 import builtins
 import errno
 import json
+import multiprocessing
 import os
+import random
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1.artifacts.base import open_artifact, open_workspace
-from megatron_r1.corpus import collect as collecting
+from megatron_r1.corpus import extract as extracting
+from megatron_r1.corpus import plan as planning
 from megatron_r1.corpus import run as stage
 from megatron_r1.corpus.config import CorpusConfig, describe
-from megatron_r1.data.shards import ShardSet
+from megatron_r1.data import indexed as indexing
+from megatron_r1.data.shards import SPLITS, ShardSet
 from megatron_r1.utils.errors import ConfigError, DataError, EnvironmentProblem
 
 
@@ -76,71 +81,218 @@ class Killed(BaseException):
     """Nothing in the stage may catch it."""
 
 
-@pytest.mark.parametrize(("at", "nth"), [("collect", 0), ("collect", 1), ("tokenizers.make", 0), ("write_source", 0), ("write_source", 1), ("atomic_write_json", 0)])
-def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path, files, monkeypatch, at, nth):
-    expected = contents(make(tmp_path / "whole", config(files)).path)
-    owner, name = (stage.tokenizers, "make") if at == "tokenizers.make" else (stage, at)
-    original, calls = getattr(owner, name), []
+def count_moves(monkeypatch, at=None):
+    """Let the process die at the at-th time a file gets its name, before or (odd numbers) after."""
+    original, calls = os.replace, []
 
     def dying(*args, **kwargs):
         calls.append(1)
-        if len(calls) == nth + 1:
-            if at == "write_source":
-                # Half a source on disk: what a kill in the middle of writing leaves.
-                part = kwargs.get("scratch") or args[7]
-                (part / "news").mkdir(parents=True, exist_ok=True)
-                (part / "news" / "train.bin").write_bytes(b"half")
+        if at is not None and len(calls) == at // 2 + 1:
+            if at % 2:
+                original(*args, **kwargs)
             raise Killed
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, dying)
-    with pytest.raises(Killed):
-        make(tmp_path / "again", config(files))
-    assert not list((tmp_path / "again").glob("*/manifest.json"))
+    monkeypatch.setattr(os, "replace", dying)
+    return calls
+
+
+def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path, files, monkeypatch):
+    settings_ = config(files, shuffle=True, near_duplicates={})
+    calls = count_moves(monkeypatch)
+    expected = contents(make(tmp_path / "whole", settings_).path)
     monkeypatch.undo()
-    assert contents(make(tmp_path / "again", config(files)).path) == expected
+    places = random.Random(1).sample(range(2 * len(calls)), 6)
+    for at in sorted({*places, 1, 2 * len(calls) - 1}):
+        count_moves(monkeypatch, at)
+        with pytest.raises(Killed):
+            make(tmp_path / str(at), settings_)
+        monkeypatch.undo()
+        assert contents(make(tmp_path / str(at), settings_).path) == expected
+        shutil.rmtree(tmp_path / str(at))
 
 
-def test_a_half_written_spool_is_read_again(tmp_path, files):
+def test_killed_again_and_again(tmp_path, files, monkeypatch):
+    """Every attempt gets one step further than the one before."""
     settings_ = config(files)
     expected = contents(make(tmp_path / "whole", settings_).path)
-    work = open_workspace(tmp_path / "again", "corpus", "shards", settings_)
-    spool = work.tmp / "spool"
-    spool.mkdir()
-    (spool / "news.jsonl").write_text('{"id": "half')
-    assert contents(make(tmp_path / "again", settings_).path) == expected
+    for _ in range(200):
+        count_moves(monkeypatch, 20)
+        try:
+            made = make(tmp_path / "again", settings_)
+            break
+        except Killed:
+            monkeypatch.undo()
+    assert contents(made.path) == expected
 
 
 def test_done_work_is_not_done_again_but_changed_input_is(tmp_path, files, monkeypatch):
     def stop(*args):
         raise Killed
 
-    monkeypatch.setattr(stage, "write_source", stop)
+    monkeypatch.setattr(stage, "_publish", stop)
     with pytest.raises(Killed):
         make(tmp_path / "runs", config(files))
     monkeypatch.undo()
     write_jsonl(tmp_path / "raw" / "news.jsonl", [{"text": text(i), "author": "b"} for i in range(1000, 1100)])
-    real, again = collecting.read, []
-    monkeypatch.setattr(collecting, "read", lambda name, *args: again.append(name) or real(name, *args))
-    shards = ShardSet.open(make(tmp_path / "runs", config(files)))
+    real, again = extracting.read_partition, []
+    monkeypatch.setattr(extracting, "read_partition", lambda source, partition, *args: again.append(partition.source) or real(source, partition, *args))
+    made = make(tmp_path / "runs", config(files))
+    shards = ShardSet.open(made)
     assert sum(len(shards.split("news", split)) for split in ("train", "probe", "test")) == 100
     assert again == ["news"]
+    monkeypatch.undo()
+    assert contents(make(tmp_path / "whole", config(files)).path) == contents(made.path)
 
 
-def test_sigkill(tmp_path, files):
-    """The real thing: no handler runs. Killed once the first source is written."""
+def test_input_that_changes_while_it_is_read(tmp_path, files, monkeypatch):
+    real = extracting.read_partition
+
+    def changing(*args):
+        yield from real(*args)
+        write_jsonl(tmp_path / "raw" / "talks.jsonl", [])
+
+    monkeypatch.setattr(extracting, "read_partition", changing)
+    with pytest.raises(DataError, match=r"talks\.jsonl"):
+        make(tmp_path / "runs", config(files))
+
+
+def cut(monkeypatch):
+    """Many partitions, parts, ranges and buckets of a small corpus."""
+    monkeypatch.setattr(planning, "SIZES", planning.Sizes(partition=30_000, part=12_000, bucket=60, range=1 << 20, segment=2000))
+
+
+def cut_ranges(monkeypatch):
+    """Ranges of a small corpus too; checksums are then of other blocks."""
+    cut(monkeypatch)
+    monkeypatch.setattr(planning, "SIZES", replace(planning.SIZES, range=1 << 11))
+    monkeypatch.setattr(indexing, "BLOCK", 1 << 11)
+
+
+def documents(artifact, source="news"):
+    shards = ShardSet.open(artifact)
+    found = {}
+    for split in SPLITS:
+        shard = shards.split(source, split)
+        shard.verify()
+        for i, identity in enumerate(shard.ids):
+            assert identity not in found
+            mask = shard.mask(i)
+            found[identity] = (split, shard.groups[i], shard.tokens(i).tolist(), None if mask is None else mask.tolist())
+    return found
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_how_the_work_is_cut_changes_nothing(tmp_path, files, monkeypatch, shuffle):
+    """Partitions, parts, buckets and ranges of other sizes: the same documents, and the same order of them."""
+    write_jsonl(tmp_path / "raw" / "news.jsonl", [{"text": text(i % 170), "author": f"a{i % 20}"} for i in range(200)])
+    settings_ = config(files, shuffle=shuffle, near_duplicates={})
+    whole = make(tmp_path / "whole", settings_)
+    cut_ranges(monkeypatch)
+    parts = make(tmp_path / "parts", settings_)
+    one, other = contents(whole.path), contents(parts.path)
+    assert {name for name in one if name.endswith((".bin", ".idx", ".mask"))}
+    assert [name for name in one if one[name] != other[name] and not name.endswith((".crc", "sources.json"))] == []
+    for source in ("news", "talks"):
+        found = documents(parts, source)
+        assert found
+    assert ShardSet.open(whole).sources["news"].dropped == ShardSet.open(parts).sources["news"].dropped
+    assert ShardSet.open(whole).sources["news"].dropped["duplicate"] == 30
+
+
+def test_shuffled_and_not(tmp_path, files):
+    plain, shuffled, seeded = (make(tmp_path / name, config(files, **more)) for name, more in (("a", {}), ("b", {"shuffle": True}), ("c", {"shuffle": True, "seed": 1})))
+    for source in ("news", "talks"):
+        assert documents(plain, source) == documents(shuffled, source) == documents(seeded, source)
+        orders = [list(documents(artifact, source)) for artifact in (plain, shuffled, seeded)]
+        assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers(tmp_path, files, monkeypatch, workers):
+    settings_ = config(files, shuffle=True)
+    cut(monkeypatch)
+    whole = make(tmp_path / "one", settings_)
+    shared = make(tmp_path / "more", config(files, shuffle=True, workers=workers))
+    assert shared.manifest.summary["workers"] == workers
+    assert contents(whole.path) == contents(shared.path)
+
+
+def test_the_error_of_a_worker_is_the_users(tmp_path, files, monkeypatch):
+    cut(monkeypatch)
+    with pytest.raises(DataError, match="max_bad_ratio"):
+        make(tmp_path / "runs", config({**files, **bad_file(tmp_path / "a.jsonl", 100, 4)}, workers=2))
+
+
+class Deadly(planning.Job):
+    """A job some of whose workers are killed, as by the system when memory is short: so many times as the file has bytes."""
+
+    def __reduce__(self):
+        return Deadly, super().__reduce__()[1]
+
+    @property
+    def units(self):
+        left = self.folder / "lives"
+        if multiprocessing.parent_process() is not None and left.stat().st_size:
+            with open(left, "r+b") as stream:
+                stream.truncate(left.stat().st_size - 1)
+            os.kill(os.getpid(), 9)
+        return planning.Job.units.func(self)
+
+
+@pytest.mark.parametrize("lives", [2, 30])
+def test_workers_that_die(tmp_path, files, monkeypatch, lives):
+    cut(monkeypatch)
+    expected = contents(make(tmp_path / "one", config(files)).path)
+    monkeypatch.setattr(stage, "Job", Deadly)
+    work = open_workspace(tmp_path / "runs", "corpus", "shards", config(files, workers=2))
+    (work.tmp / "lives").write_bytes(b"x" * lives)
+    if lives == 2:
+        assert contents(stage.run(config(files, workers=2), {}, work).path) == expected
+        return
+    with pytest.raises(EnvironmentProblem, match="extract/news") as error:
+        stage.run(config(files, workers=2), {}, work)
+    assert "signal 9" in error.value.found
+    assert "workers" in error.value.fix
+    (work.tmp / "lives").write_bytes(b"")
+    assert contents(stage.run(config(files, workers=2), {}, work).path) == expected
+
+
+def test_two_processes_on_one_workspace(tmp_path, files):
+    work = open_workspace(tmp_path, "corpus", "shards", config(files))
+    with stage._alone(work.tmp), pytest.raises(EnvironmentProblem, match="lock"):
+        stage.run(config(files), {}, work)
+
+
+def die(folder, settings_, at, workers):
+    """A process of its own that is gone (no handler, no cleaning up) at the at-th renaming."""
+    code = (
+        "import os, sys, json\nfrom pathlib import Path\nfrom corpus_toys import make, CorpusConfig\n"
+        "def main():\n"
+        "    left, real = [int(sys.argv[3])], os.replace\n"
+        "    def replace(*args):\n"
+        "        left[0] -= 1\n"
+        "        if left[0] == 0: os.killpg(0, 9)\n"
+        "        real(*args)\n"
+        "    os.replace = replace\n"
+        "    make(Path(sys.argv[1]), CorpusConfig.model_validate(json.loads(sys.argv[2])))\n"
+        "if __name__ == '__main__': main()\n"
+    )
+    script = folder.parent / "die.py"
+    script.write_text(code)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    return subprocess.run(
+        [sys.executable, script, str(folder), json.dumps(settings_.plain() | {"workers": workers}), str(at)], env=env, stderr=subprocess.DEVNULL, start_new_session=True, check=False,
+    ).returncode
+
+
+@pytest.mark.parametrize("at", [5, 40])
+def test_sigkill(tmp_path, files, at):
+    """The real thing: no handler runs, half-written files stay where they are."""
     settings_ = config(files)
     expected = contents(make(tmp_path / "whole", settings_).path)
-    code = (
-        "import sys, json\nfrom pathlib import Path\nfrom corpus_toys import make, CorpusConfig\n"
-        "make(Path(sys.argv[1]), CorpusConfig.model_validate(json.loads(sys.argv[2])))"
-    )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "again"), json.dumps(settings_.plain())], env=env, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list((tmp_path / "again").glob("*.partial/tmp/spool/news.json")):
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
+    assert die(tmp_path / "again", settings_, at, 1) == -9
+    assert at != 5 or list((tmp_path / "again").rglob("*.tmp"))
     assert contents(make(tmp_path / "again", settings_).path) == expected
 
 
@@ -198,7 +350,7 @@ def test_nothing_left(tmp_path):
     assert "min_chars" in error.value.fix
 
 
-@pytest.mark.parametrize("victim", ["spool", "train.bin", "sources.json"])
+@pytest.mark.parametrize("victim", ["spool", "000000.bin", "rows", "sources.json"])
 def test_a_full_disk(tmp_path, files, monkeypatch, victim):
     earlier = make(tmp_path / "runs", config(files), "earlier")
     before = contents(earlier.path)
@@ -290,7 +442,7 @@ def test_a_missing_package_drops_its_corpus_loudly(tmp_path, files, monkeypatch,
             make(tmp_path / "runs", config(sources))
         return
     said = []
-    monkeypatch.setattr(stage.log, "warning", lambda message, *args: said.append(message % args))
+    monkeypatch.setattr(planning.log, "warning", lambda message, *args: said.append(message % args))
     shards = ShardSet.open(make(tmp_path / "runs", config(sources, decontaminate={})))
     assert list(shards.sources) == ["news", "talks"]
     assert [entry["name"] for entry in shards.missing] == ["human_eval", "math_champ"]

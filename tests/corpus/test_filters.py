@@ -7,7 +7,7 @@ from corpus_toys import WORDS
 
 from megatron_r1.corpus.config import SplitConfig
 from megatron_r1.corpus.decontaminate import Overlap, load
-from megatron_r1.corpus.filters import Filters, content_key, group_of, stretches
+from megatron_r1.corpus.filters import content_key, group_of, stretches
 from megatron_r1.corpus.splits import Splitter
 from megatron_r1.data.document import Document
 from megatron_r1.utils.errors import DataError
@@ -17,15 +17,6 @@ ITEM = "Write a function that takes three sides of a triangle and returns its ar
 
 def document(text, group=""):
     return Document("1", "s", text=text, group=group)
-
-
-def test_length_and_duplicates_are_counted():
-    filters = Filters(5, True)
-    texts = ["hello there", "hello   there\n", "hi", "other text"]
-    assert [filters.keep(document(text), content_key(document(text))) for text in texts] == [True, False, False, True]
-    assert filters.dropped == {"duplicate": 1, "short": 1}
-    keeping = Filters(0, False)
-    assert all(keeping.keep(document(text), content_key(document(text))) for text in texts)
 
 
 def test_stretches_do_not_change_keys_or_matches(monkeypatch):
