@@ -7,6 +7,7 @@
     metrics.jsonl     one record per logged step
     scores/           scores of documents made while training (optional; artifacts/training_scores.py)
     ledger.jsonl      one record per step: which samples, from which sources
+    views/<hash>.npy  lists of documents the cursors refer to, one bit per document (optional)
     tensorboard/      the same metrics as event files (optional)
 """
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import Field, ValidationError
 
 from megatron_r1.artifacts.base import Artifact
@@ -27,7 +29,7 @@ from megatron_r1.utils import io
 from megatron_r1.utils.errors import ArtifactError, CheckpointError
 
 MODEL_FILE, TRAIN_FILE, METRICS_FILE, LEDGER_FILE = "model.json", "train.json", "metrics.jsonl", "ledger.jsonl"
-TOKENIZER_FOLDER, CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER = "tokenizer", "checkpoints", "tensorboard"
+TOKENIZER_FOLDER, CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, VIEWS_FOLDER = "tokenizer", "checkpoints", "tensorboard", "views"
 _FOLDER = re.compile(r"^step-(\d{8,})$")
 
 
@@ -51,6 +53,22 @@ class DomainWeights(Frozen):
     reference: str = Field(description="train step of the reference model")
 
 
+class Leg(Frozen):
+    """A part of a source's running epoch that was read with one list of documents and one sequence length."""
+
+    view: str = Field("", description="hash of the list of documents that were read (views/<hash>.npy); empty: all documents")
+    seq_length: int = Field(gt=0, description="tokens per sequence")
+    blocks: int = Field(ge=0, description="blocks this leg would have had to its end")
+    taken: int = Field(ge=0, description="of these, blocks consumed")
+
+
+class SourceCursor(Frozen):
+    """Where training stands in a source, in numbers that say which tokens of the running epoch were consumed."""
+
+    epoch: int = Field(ge=0, description="passes completed")
+    legs: list[Leg] = Field(default=[], description="of the running epoch, in order; empty at its beginning")
+
+
 class TrainManifest(Frozen):
     """Content of train.json."""
 
@@ -63,10 +81,13 @@ class TrainManifest(Frozen):
     seq_length: int = Field(description="tokens per sequence")
     global_batch: int = Field(description="tokens per optimizer step")
     optimizer: dict[str, Any] = Field(description="AdamW constants: beta1, beta2, eps, weight_decay, clip, and the lr settings under `lr`")
-    data_cursors: dict[str, int] = Field(description="per source: blocks consumed since training began, this phase and those it continues")
+    data_cursors: dict[str, SourceCursor | int] = Field(
+        description="per source: where training stands, over this phase and those it continues (a number, as older releases wrote it: blocks consumed)"
+    )
     data_seed: int = Field(description="seed that keys the data order; carried on together with the cursors")
+    data_order: str = Field(default="", description="fingerprint of the data order of this phase, which its sample numbers and ledger refer to")
     data_views: dict[str, str] = Field(
-        default={}, description="source -> hash of the list of documents its cursor counts blocks of; absent: all documents"
+        default={}, description="as older releases wrote it: source -> hash of the list of documents its cursor counts blocks of; absent: all documents"
     )
     shards: str = Field(description="fingerprint of the shards the cursors belong to")
     tokenizer: str = Field(description="SHA-256 of the tokenizer")
@@ -142,6 +163,27 @@ class CheckpointSet:
     def ledger(self) -> list[dict[str, Any]]:
         """Records of ledger.jsonl, one per step."""
         return io.read_jsonl(self.artifact.file(LEDGER_FILE))
+
+
+def write_view(root: Path, name: str, keep: np.ndarray) -> None:
+    """Write a list of documents, bool[documents], under an artifact's folder."""
+    path = root / VIEWS_FOLDER / f"{name}.npy"
+    with io.disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.packbits(keep), allow_pickle=False)
+
+
+def read_view(artifact: Artifact, name: str, documents: int) -> np.ndarray:
+    """A list of documents, bool[documents]. Raises ArtifactError when the file is missing or of another length."""
+    path = artifact.file(f"{VIEWS_FOLDER}/{name}.npy")
+    with io.disk_errors(path):
+        packed = np.load(path, allow_pickle=False)
+    if packed.dtype != np.uint8 or len(packed) != -(-documents // 8):
+        raise ArtifactError(
+            expected=f"one bit for each of {documents} documents in {path}", found=f"{packed.dtype}[{len(packed)}]",
+            fix="go on with the shards the checkpoint was trained on, or set carry_cursors: false",
+        )
+    return np.unpackbits(packed, count=documents).astype(bool)
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:

@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_r1.data.mixture_order import MixtureOrder
 from megatron_r1.data.packing import Rows, best_fit_decreasing
+from megatron_r1.data.schedule import Order
 from megatron_r1.data.shards import Shard
 from megatron_r1.data.view import TokenStream, Windows
 from megatron_r1.utils.errors import DataError, R1Error
@@ -47,21 +48,34 @@ class PretrainDataset:
     """Blocks of packed text, drawn from `streams` in the order of a mixture.
 
     Block i of a stream is its tokens i*s ... i*s + s: the first s are inputs, the last s labels, so every token is a target once.
+    rests: the streams of sources whose order begins with the rest of an epoch (data/carry.py).
     reset_documents: attention and positions restart at every document, and the first token of a document is no target
     (nothing it could be predicted from is visible); without it the row is one segment, as the original trained.
     """
 
-    def __init__(self, streams: Mapping[str, TokenStream], order: MixtureOrder, seq_length: int, reset_documents: bool) -> None:
+    def __init__(
+        self, streams: Mapping[str, TokenStream], order: Order, seq_length: int, reset_documents: bool, rests: Mapping[str, TokenStream] | None = None
+    ) -> None:
         self.streams, self.order, self.seq_length, self.reset_documents = dict(streams), order, int(seq_length), reset_documents
+        self.rests = dict(rests or {})
         self.source_names = list(self.streams)
-        self._source_id = {name: i for i, name in enumerate(self.source_names)}
         for name in order.weights:
-            have = self.streams[name].blocks(self.seq_length) if name in self.streams else 0
-            if have < order.blocks[name]:
-                raise DataError(
-                    expected=f"{order.blocks[name]} blocks of {seq_length} tokens in {name}", found=f"{have}",
-                    fix="count the mixture's blocks with TokenStream.blocks of the same streams and sequence length",
-                )
+            for what, wanted in (("", order.blocks[name]), (" (rest of an epoch)", order.rest[name].blocks if name in order.rest else 0)):
+                stream = (self.rests if what else self.streams).get(name)
+                have = 0 if stream is None else stream.blocks(self.seq_length)
+                if have < wanted:
+                    raise DataError(
+                        expected=f"{wanted} blocks of {seq_length} tokens in {name}{what}", found=f"{have}",
+                        fix="count the mixture's blocks with TokenStream.blocks of the same streams and sequence length",
+                    )
+        numbers = {name: i for i, name in enumerate(self.source_names)}
+        self._numbers = np.asarray([numbers[name] for name in order.names], np.int32)
+        self._rest_epoch = np.asarray([order.rest[name].epoch if name in order.rest else -1 for name in self.source_names], np.int64)
+
+    def stream(self, source: str, epoch: int) -> TokenStream:
+        """What a source's blocks of an epoch are blocks of."""
+        rest = self.order.rest.get(source)
+        return self.rests[source] if rest is not None and epoch == rest.epoch else self.streams[source]
 
     def sample(self, index: int) -> Batch:
         """Row `index` of the run (0-based), arrays [s]."""
@@ -69,20 +83,20 @@ class PretrainDataset:
 
     def batch(self, indices: Iterable[int]) -> Batch:
         """Rows `indices` of the run, arrays [b, s]. Raises DataError, which names source and blocks, when a file is damaged."""
-        located = [self.order.locate(int(index)) for index in indices]
-        b, s = len(located), self.seq_length
-        sources = np.asarray([self._source_id[found.source] for found in located], np.int32)
-        blocks = np.asarray([found.block for found in located], np.int64)
+        numbers, blocks, epochs = self.order.locate_many(np.fromiter(indices, np.int64))
+        sources = self._numbers[numbers]
+        b, s = len(sources), self.seq_length
         window = np.empty((b, s + 1), np.int32)
         batch: Batch = {
             "tokens": window[:, :-1], "labels": window[:, 1:], "loss_mask": np.ones((b, s), np.float32), "position_ids": np.empty((b, s), np.int32),
             "segment_ids": np.zeros((b, s), np.int32), "source_ids": sources, "document_ids": [None] * b,
         }
-        order = np.argsort(sources, kind="stable")
-        for rows in np.split(order, np.flatnonzero(np.diff(sources[order])) + 1):
+        streams = 2 * sources + (self._rest_epoch[sources] == epochs)
+        order = np.argsort(streams, kind="stable")
+        for rows in np.split(order, np.flatnonzero(np.diff(streams[order])) + 1):
             name = self.source_names[sources[rows[0]]]
             with reading(f"blocks {', '.join(map(str, blocks[rows].tolist()))} of {name}"):
-                found = self.streams[name].windows(blocks[rows] * s, s + 1)
+                found = self.stream(name, int(epochs[rows[0]])).windows(blocks[rows] * s, s + 1)
             window[rows] = found.tokens
             self._documents(batch, rows, found)
         if not self.reset_documents:
@@ -103,8 +117,9 @@ class PretrainDataset:
             positions = np.arange(len(rows) * n, dtype=np.int32) - np.repeat(flat.astype(np.int32), lengths)
             batch["segment_ids"][rows] = segments.reshape(-1, n)[:, :-1]
             batch["position_ids"][rows] = positions.reshape(-1, n)[:, :-1]
-            inside = found.begin > 0
-            batch["loss_mask"][rows[found.row[inside]], found.begin[inside] - 1] = 0.0
+        # The label at column c is the token after input c: context that was a target before is none again.
+        inside = (found.begin > 0) & (found.repeated | self.reset_documents)
+        batch["loss_mask"][rows[found.row[inside]], found.begin[inside] - 1] = 0.0
 
 
 class SftDataset:

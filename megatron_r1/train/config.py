@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Annotated, Any, Literal
 
@@ -144,6 +145,15 @@ class LoaderConfig(Frozen):
     workers: Annotated[int, Field(ge=1)] = Field(1, description="threads that read, each a whole step")
 
 
+class ScheduledSources(Frozen):
+    """Shares that hold from some token of the phase on."""
+
+    start: Tokens = Field(gt=0, description="tokens of this phase after which these shares begin to hold (up to the next whole sequence)")
+    sources: dict[str, float] | Literal["natural", "uniform"] = Field(description="share of every source: numbers, or natural (by tokens), or uniform")
+    over: Tokens = Field(Tokens(0), description="span from `start` over which the shares move linearly from those before to these; '0 tokens': at once")
+    jumps: int = Field(10, ge=1, description="in how many equal steps they move")
+
+
 class LogConfig(Frozen):
     """What is written down while training."""
 
@@ -179,7 +189,11 @@ class TrainConfig(StageConfig):
     sources: dict[str, float] | Literal["natural", "uniform"] | None = Field(
         None, description="share of every source, instead of a mixture step: numbers, or natural (by tokens), or uniform"
     )
-    carry_cursors: bool = Field(True, description="go on reading every source where the input checkpoint stopped (same shards and seq_length)")
+    schedule: list[ScheduledSources] = Field([], description="later shares, by their start; until the first of them the mixture step's or those of `sources` hold")
+    max_epochs: dict[str, Annotated[float, Field(gt=0)]] | Annotated[float, Field(gt=0)] | None = Field(
+        None, description="passes over a source since training began, of every source or by name, after which its share goes to the others in proportion"
+    )
+    carry_cursors: bool = Field(True, description="go on reading every source where the input checkpoint stopped (same shards)")
     checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description="which steps are saved")
     validation: ValidationConfig = Field(ValidationConfig(), description="held-out loss while training")
     rankme: RankMeConfig = Field(RankMeConfig(), description="effective rank while training")
@@ -211,8 +225,16 @@ class TrainConfig(StageConfig):
             raise ValueError("expected inputs.mixture or sources; found both; keep one")
         if self.objective != "sft" and self.inputs.mixture is None and self.sources is None:
             raise ValueError("expected inputs.mixture or sources; found neither; name a mixture step, give shares, or write sources: natural")
-        if isinstance(self.sources, dict) and (not self.sources or min(self.sources.values()) < 0 or sum(self.sources.values()) <= 0):
-            raise ValueError(f"expected shares >= 0 with a sum above 0; found {self.sources}; they are divided by their sum")
+        for table in (self.sources, *(piece.sources for piece in self.schedule)):
+            if isinstance(table, dict) and (not all(0 <= share < math.inf for share in table.values()) or not any(table.values())):
+                raise ValueError(f"expected finite shares >= 0 with a sum above 0; found {table}; they are divided by their sum")
+        for before, piece in itertools.pairwise(self.schedule):
+            if piece.start < max(before.start + 1, before.start + before.over):
+                raise ValueError(
+                    f"schedule: expected each start after the one before and after its `over`; found {int(piece.start)} after {int(before.start)} + {int(before.over)} tokens; move it"
+                )
+        if self.objective in ("sft", "group_dro") and (self.schedule or self.max_epochs is not None):
+            raise ValueError(f"expected neither schedule nor max_epochs with objective {self.objective}; found one; it has shares of its own, remove the setting")
         if self.objective == "distill" and (self.inputs.teacher is None) == (self.distill.teacher is None):
             raise ValueError("expected one teacher for objective distill: inputs.teacher or distill.teacher; found " + ("none" if self.inputs.teacher is None else "both") + "; give exactly one")
         if self.objective != "distill" and (self.inputs.teacher is not None or self.distill.teacher is not None):
@@ -266,6 +288,7 @@ def describe(config: TrainConfig) -> str:
     steps = config.steps()
     length = f"{config.budget}" if steps is None else f"{steps} steps = {human(steps * int(config.global_batch))} tokens"
     data = config.inputs.mixture or (config.sources if isinstance(config.sources, str) else "stated shares" if config.sources else "all conversations")
+    data += f", {len(config.schedule)} later shares" if config.schedule else ""
     teacher = config.inputs.teacher or (config.distill.teacher and (config.distill.teacher.package or config.distill.teacher.hf_folder))
     beside = f" with teacher {teacher}" if teacher else f" against {config.inputs.reference}" if config.inputs.reference else ""
     return (

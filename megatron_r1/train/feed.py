@@ -8,20 +8,25 @@ depends on the layout.
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from megatron_r1.artifacts.base import Artifact, Parent
-from megatron_r1.artifacts.checkpoint import TrainManifest
+from megatron_r1.artifacts.checkpoint import CheckpointSet, Leg, SourceCursor, read_view, write_view
 from megatron_r1.artifacts.mixture import load_kept, load_mixture
+from megatron_r1.data.carry import Continued
 from megatron_r1.data.dali import DaliSteps
 from megatron_r1.data.dataset import PretrainDataset, SftDataset
 from megatron_r1.data.loader import Loader
 from megatron_r1.data.mixture_order import MixtureOrder
+from megatron_r1.data.schedule import Order, ScheduledOrder, interpolated
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.data.view import TokenStream
 from megatron_r1.parallel import device
@@ -38,7 +43,7 @@ Batch = dict[str, np.ndarray]
 class Dataset(Protocol):
     """What the feed needs of a dataset. `order`: the data order; `source_names`: what `source_ids` index."""
 
-    order: MixtureOrder
+    order: Order
     source_names: list[str]
 
     def batch(self, indices: Any) -> Batch:
@@ -48,17 +53,17 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The data of one phase. `start`: cursors carried in from earlier phases, also of sources this one does not use;
-    `data_seed`: what the data order was keyed by, carried on together with the cursors."""
+    """The data of one phase. `data_seed`: what the data order was keyed by, carried on together with the cursors; `continued`: where the
+    sources of this phase go on; `unused`: cursors of the others; `lists`: (source, hash) -> bool[documents], all that the cursors refer to."""
 
     dataset: Dataset
     data_seed: int
-    start: dict[str, int] = field(default_factory=dict)
-    views: dict[str, str] = field(default_factory=dict)
-    """source -> hash of the list of documents its cursor counts blocks of; all documents where there is none."""
+    continued: dict[str, Continued] = field(default_factory=dict)
+    unused: dict[str, SourceCursor] = field(default_factory=dict)
+    lists: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
 
     @property
-    def order(self) -> MixtureOrder:
+    def order(self) -> Order:
         """Which block every sample is."""
         return self.dataset.order
 
@@ -69,7 +74,7 @@ class TrainingData:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Share of every source that has one."""
+        """Share of every source that has one; over the whole phase when they change."""
         return {name: round(weight, 9) for name, weight in self.order.weights.items()}
 
     @property
@@ -77,9 +82,22 @@ class TrainingData:
         """Sequences that the sources with a share hold together."""
         return sum(self.order.blocks[name] for name in self.order.weights)
 
-    def cursors(self, samples: int) -> dict[str, int]:
-        """Blocks of every source consumed after `samples` samples of this phase, carried ones included."""
-        return {**self.start, **self.order.counts(samples)}
+    @property
+    def fingerprint(self) -> str:
+        """What tells the samples of one phase from another's: order, documents, and what was consumed before."""
+        sources = {name: [of.view, of.seq_length, [leg.plain() for leg in of.legs]] for name, of in self.continued.items()}
+        return hashlib.sha256(json.dumps([self.order.fingerprint, sources], sort_keys=True).encode()).hexdigest()[:16]
+
+    def cursors(self, samples: int) -> dict[str, SourceCursor]:
+        """Where every source stands after `samples` samples of this phase, also those it does not use."""
+        counts = self.order.counts(samples)
+        return {**self.unused, **{name: of.cursor(self.order.position(name, counts[name])) for name, of in self.continued.items()}}
+
+    def save_lists(self, folder: Path, cursors: Mapping[str, SourceCursor]) -> None:
+        """Write the lists of documents that cursors refer to."""
+        for name, cursor in cursors.items():
+            for view in {leg.view for leg in cursor.legs} - {""}:
+                write_view(folder, f"{name}-{view}", self.lists[name, view])
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Passes over every source in this phase alone."""
@@ -90,22 +108,22 @@ class TrainingData:
 def shares(config: TrainConfig, shards: ShardSet, mixture: Artifact | None) -> dict[str, float] | None:
     """Share of every source, sum 1; None when the phase states none (sft only). Raises DataError for unknown sources."""
     if mixture is not None:
-        weights: Mapping[str, float] = load_mixture(mixture).weights
-    elif config.sources is None:
-        return None
-    elif isinstance(config.sources, str):
+        return _shares(load_mixture(mixture).weights, shards)
+    return None if config.sources is None else _shares(config.sources, shards)
+
+
+def _shares(table: Mapping[str, float] | str, shards: ShardSet) -> dict[str, float]:
+    if isinstance(table, str):
         tokens = {name: shards.split(name).n_tokens for name in shards.sources}
-        weights = {name: float(count) if config.sources == "natural" else 1.0 for name, count in tokens.items() if count}
-    else:
-        weights = config.sources
-    unknown = sorted(set(weights) - set(shards.sources))
+        table = {name: float(count) if table == "natural" else 1.0 for name, count in tokens.items() if count}
+    unknown = sorted(set(table) - set(shards.sources))
     if unknown:
         raise DataError(
             expected=f"shares of sources the shards hold ({', '.join(sorted(shards.sources))})", found=f"shares of {', '.join(unknown)}",
             fix="train on the shards the mixture was made for, or correct the names in `sources`",
         )
-    total = sum(weights.values())
-    return {name: weight / total for name, weight in weights.items() if weight > 0}
+    total = math.fsum(table.values())
+    return {name: weight / total for name, weight in table.items() if weight > 0}
 
 
 def kept_documents(shards: ShardSet, artifact: Artifact, mixture: Artifact | None) -> dict[str, np.ndarray]:
@@ -130,52 +148,121 @@ def view_hash(numbers: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(numbers, "<i8").tobytes()).hexdigest()[:16]
 
 
-def _carried(config: TrainConfig, shards: Artifact, parent: TrainManifest | None) -> tuple[dict[str, int], int | None]:
-    """Cursors and data seed to go on with; a reason in the log when there is nothing to carry."""
+def _carried(config: TrainConfig, shards: ShardSet, artifact: Artifact, parent: CheckpointSet | None, known: Mapping[tuple[str, str], np.ndarray]) -> dict[str, SourceCursor]:
+    """Cursors to go on with; a reason in the log when there is nothing to carry."""
     if parent is None or not config.carry_cursors or config.objective == "sft":
-        return {}, None
-    if parent.shards != shards.fingerprint:
+        return {}
+    manifest = parent.manifest
+    if manifest.shards != artifact.fingerprint:
         log.info("data: other shards than the input checkpoint's, every source starts at its beginning")
-    elif parent.seq_length != int(config.seq_length):
-        log.info("data: sequences of %d tokens after %d, so every source starts at its beginning", int(config.seq_length), parent.seq_length)
-    elif parent.data_cursors:
-        return dict(parent.data_cursors), parent.data_seed
-    return {}, None
+        return {}
+    found = {}
+    for name, cursor in manifest.data_cursors.items():
+        view = manifest.data_views.get(name, "")
+        if isinstance(cursor, SourceCursor):
+            found[name] = cursor
+        elif view and (name, view) not in known:
+            # Older releases kept the hash of the list only.
+            log.warning("data: %s was read from a list of documents that the input checkpoint does not hold, so it starts at its beginning", name)
+        else:
+            blocks = TokenStream(shards.split(name), known.get((name, view))).blocks(manifest.seq_length)
+            epoch, taken = divmod(cursor, blocks) if blocks else (0, 0)
+            found[name] = SourceCursor(epoch=epoch, legs=[Leg(view=view, seq_length=manifest.seq_length, blocks=blocks, taken=taken)] if taken else [])
+    return found
 
 
-def open_data(config: TrainConfig, shards: ShardSet, artifact: Artifact, mixture: Artifact | None, parent: TrainManifest | None) -> TrainingData:
-    """The dataset of a phase. Raises DataError when a source with a share holds less than one sequence."""
+def open_data(config: TrainConfig, shards: ShardSet, artifact: Artifact, mixture: Artifact | None, parent: CheckpointSet | None) -> TrainingData:
+    """The dataset of a phase. Raises DataError when a source with a share holds less than one sequence, or when the sources reach their caps
+    before the budget is."""
     weights = shares(config, shards, mixture)
-    start, carried_seed = _carried(config, artifact, parent)
-    seed = derive_seed(config.seed or 0, "data") if carried_seed is None else carried_seed
     kept = kept_documents(shards, artifact, mixture)
     if config.objective == "sft" and kept:
         raise ConfigError(
             expected="a mixture that keeps all conversations, for fine-tuning", found=f"documents left out of {', '.join(kept)}",
             fix="make the mixture without a filter: conversations are packed whole and are not chosen by influence",
         )
+    views = {name: view_hash(numbers) for name, numbers in kept.items()}
+    lists = {(name, views[name]): _flags(len(shards.split(name)), numbers) for name, numbers in kept.items()}
+    carried = _carried(config, shards, artifact, parent, lists)
+    seed = parent.manifest.data_seed if carried and parent is not None else derive_seed(config.seed or 0, "data")
     if config.objective == "sft":
         return _open_sft(config, shards, weights, seed)
     if not weights:
         raise DataError(expected="at least one source with a share above 0", found="none", fix="check the mixture, or set `sources`")
+    for name, cursor in carried.items():
+        for leg in cursor.legs:
+            if leg.view and (name, leg.view) not in lists:
+                assert parent is not None
+                lists[name, leg.view] = read_view(parent.artifact, f"{name}-{leg.view}", len(shards.split(name)))
     length = int(config.seq_length)
-    streams = {name: TokenStream(shards.split(name), kept.get(name)) for name in weights}
-    blocks = {name: stream.blocks(length) for name, stream in streams.items()}
-    empty = [name for name, count in blocks.items() if count == 0]
+    pieces = _pieces(config, weights, shards)
+    names = list(dict.fromkeys(name for _, table in pieces for name in table))
+    continued = {
+        name: Continued(
+            shards.split(name), name, carried.get(name, SourceCursor(epoch=0)), seed, views.get(name, ""), lambda view, name=name: lists[name, view] if view else None, length
+        )
+        for name in names
+    }
+    empty = [name for name, of in continued.items() if of.blocks == 0]
     if empty:
         raise DataError(
-            expected=f"at least {length + 1} training tokens in every source with a share", found=", ".join(f"{name}: {streams[name].n_tokens}" for name in empty),
-            fix="give these sources the share 0, add documents, or shorten seq_length",
+            expected=f"at least {length + 1} training tokens in every source with a share",
+            found=f"less in {len(empty)} of {len(names)}: " + ", ".join(f"{name}: {continued[name].stream.n_tokens}" for name in empty[:8]) + (", ..." if len(empty) > 8 else ""),
+            fix="give these sources the share 0, join them into larger sources, add documents, or shorten seq_length",
         )
-    views = {name: view_hash(numbers) for name, numbers in kept.items()}
-    before = parent.data_views if start and parent is not None else {}
-    changed = [name for name in weights if start.get(name) and views.get(name) != before.get(name)]
-    if changed:
-        log.info("data: other documents of %s than before are read, so these sources start at their beginning", ", ".join(changed))
-        start = {name: 0 if name in changed else count for name, count in start.items()}
-    order = MixtureOrder(blocks, weights, seed, {name: start.get(name, 0) for name in weights})
-    unused = {name: view for name, view in before.items() if name not in weights}
-    return TrainingData(PretrainDataset(streams, order, length, config.reset_documents), seed, start, {**unused, **{n: v for n, v in views.items() if n in weights}})
+    for name, of in continued.items():
+        if of.rest is not None and of.start == 0:
+            log.info(
+                "data: %s is read from other documents or in other sequences than before: %d sequences of its epoch %d are left, whole epochs follow", name, of.rest.blocks,
+                of.rest.epoch,
+            )
+    order = _order(config, pieces, continued, seed)
+    dataset = PretrainDataset(
+        {name: of.stream for name, of in continued.items()}, order, length, config.reset_documents,
+        {name: of.rest_stream for name, of in continued.items() if of.rest_stream is not None},
+    )
+    return TrainingData(dataset, seed, continued, {name: cursor for name, cursor in carried.items() if name not in continued}, lists)
+
+
+def _flags(documents: int, numbers: np.ndarray) -> np.ndarray:
+    flags = np.zeros(documents, bool)
+    flags[numbers] = True
+    return flags
+
+
+def _pieces(config: TrainConfig, weights: dict[str, float], shards: ShardSet) -> list[tuple[int, dict[str, float]]]:
+    """(first sample, shares) of the phase as its settings state them."""
+    length = int(config.seq_length)
+    pieces = [(0, weights)]
+    for piece in config.schedule:
+        first, over = -(-int(piece.start) // length), int(piece.over) // length
+        after = _shares(piece.sources, shards)
+        pieces += interpolated(pieces[-1][1], after, first, over, piece.jumps) if over else [(first, after)]
+    return pieces
+
+
+def _order(config: TrainConfig, pieces: list[tuple[int, dict[str, float]]], continued: Mapping[str, Continued], seed: int) -> Order:
+    blocks, start = ({name: getattr(of, what) for name, of in continued.items()} for what in ("blocks", "start"))
+    rest = {name: of.rest for name, of in continued.items() if of.rest is not None}
+    if len(pieces) == 1 and config.max_epochs is None:
+        return MixtureOrder(blocks, pieces[0][1], seed, start, rest)
+    total = (config.steps(sum(blocks.values())) or 1) * config.sequences_per_step
+    if pieces[-1][0] >= total:
+        raise ConfigError(
+            expected=f"a schedule that ends within the budget of {total * int(config.seq_length)} tokens", found=f"shares that hold from token {pieces[-1][0] * int(config.seq_length)} on",
+            fix="shorten the schedule or raise the budget",
+        )
+    caps = config.max_epochs if isinstance(config.max_epochs, dict) else dict.fromkeys(continued, config.max_epochs)
+    unknown = sorted(set(caps) - set(continued))
+    if unknown:
+        raise ConfigError(expected=f"max_epochs of sources with a share ({', '.join(continued)})", found=f"of {', '.join(unknown)}", fix="correct the names in max_epochs")
+    limits = {name: continued[name].limit(cap) for name, cap in caps.items() if cap is not None}
+    order = ScheduledOrder(blocks, pieces, seed, start, rest, limits, total)
+    for sample, name in order.capped:
+        log.info(
+            "data: %s reaches its %g passes at sample %d (token %d); its share goes to the others in proportion", name, caps[name], sample, sample * int(config.seq_length)
+        )
+    return order
 
 
 def _open_sft(config: TrainConfig, shards: ShardSet, weights: dict[str, float] | None, seed: int) -> TrainingData:

@@ -93,16 +93,16 @@ class Trainer:
         """Write a checkpoint from which this phase goes on bit for bit. Collective."""
         common = {
             "step": self.step, "tokens": self.tokens, "total": self.total, "seconds": self.seconds, "guard": self.guard.state(), "window": asdict(self.window),
-            "objective": self.objective.state(), "order": self.data.order.fingerprint,
+            "objective": self.objective.state(), "order": self.data.fingerprint,
         }
         checkpoint.save(path, self.chunks, self.optimizer, common, self.ctx)
 
     def load(self, path: Path) -> None:
         """Take up a checkpoint of this phase. Collective. Raises CheckpointError, also when the samples would come in another order."""
         common = checkpoint.load(path, self.chunks, self.optimizer, self.ctx)
-        if common.get("order") != self.data.order.fingerprint:
+        if common.get("order") != self.data.fingerprint:
             raise CheckpointError(
-                expected=f"the order of samples {self.data.order.fingerprint}, which shards, mixture and seed give", found=f"{common.get('order')} in {path}",
+                expected=f"the order of samples {self.data.fingerprint}, which shards, mixture and seed give", found=f"{common.get('order')} in {path}",
                 fix="go on with the shards and the version that the checkpoint was written with, or delete the step's folder and run it anew",
             )
         self.step, self.seconds, self.resumed = int(common["step"]), float(common["seconds"]), True

@@ -74,7 +74,7 @@ def run(config: TrainConfig, inputs: Inputs, work: Workspace) -> Artifact:
     shards = ShardSet.open(one["shards"])
     parent = CheckpointSet.open(one["checkpoint"]) if "checkpoint" in one else None
     model = model_of(config, shards, parent)
-    data = open_data(config, shards, one["shards"], one.get("mixture"), None if parent is None else parent.manifest)
+    data = open_data(config, shards, one["shards"], one.get("mixture"), parent)
     total = config.steps(data.sequences_per_epoch) or 1
     chunks, optimizer = build(config, model, ctx)
     if ctx.is_main:
@@ -172,8 +172,7 @@ def make_objective(
     length, top_k = int(config.seq_length), min(config.distill.cache_top_k, model.vocab_size)
     identity = {
         "fingerprint": work.fingerprint, "teacher": teachers.identity(config.distill, artifact, config.precision), "temperature": config.distill.temperature,
-        "vocab_size": model.vocab_size, "data_seed": data.data_seed, "start": data.order.start,
-        **({"views": data.views} if data.views else {}),
+        "vocab_size": model.vocab_size, "data": data.fingerprint,
     }
     cache = TopKCache(
         work.tmp / "teacher_top_k", identity, samples=total * config.sequences_per_step, seq_length=length, top_k=top_k,
@@ -257,6 +256,7 @@ def describe_start(trainer: Trainer, model: ModelConfig, parent: CheckpointSet |
             )
     for name, epochs in data.epochs(samples).items():
         log.info("  %-24s %6.2f %% of tokens, %8.3f epochs%s", name, 100 * data.weights[name], epochs, f" (from block {data.order.start[name]})" if data.order.start[name] else "")
+    log.info("data order %s: after every sample each source is within %.2f samples of its share", data.fingerprint, data.order.max_error)
 
 
 def _inner_name(optimizer: Any) -> str:
@@ -277,10 +277,11 @@ def write_payload(trainer: Trainer, artifact: Artifact, shards: ShardSet, parent
     before = 0 if parent is None else parent.manifest.tokens_before + parent.manifest.tokens
     # Cursors of a chat corpus mean rows of one particular packing: nothing can go on from them.
     cursors = {} if config.objective == "sft" else data.cursors(trainer.total * config.sequences_per_step)
+    data.save_lists(work.path, cursors)
     manifest = TrainManifest(
         objective=config.objective, checkpoints=records, final=len(records) - 1, steps=trainer.total, tokens=trainer.tokens, tokens_before=before,
         seq_length=int(config.seq_length), global_batch=int(config.global_batch), optimizer={**config.optimizer.plain(), "lr": config.lr.plain()},
-        data_cursors=cursors, data_seed=data.data_seed, data_views=data.views, shards=artifact.fingerprint, tokenizer=shards.tokenizer.sha256, sources=data.weights,
+        data_cursors=cursors, data_seed=data.data_seed, data_order=data.fingerprint, shards=artifact.fingerprint, tokenizer=shards.tokenizer.sha256, sources=data.weights,
         scores=ScoresReader(work.path).summary() if config.scores else None, skipped_steps=trainer.guard.skipped, layout=config.layout.plain(), precision=config.precision,
         group_dro=trainer.objective.result() if isinstance(trainer.objective, GroupDRO) else None,
     )

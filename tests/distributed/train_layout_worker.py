@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
         inputs = {role: reopen(Path(path)) for role, path in case.get("inputs", {}).items()}
         artifact = train(folder / "runs", settings(**case["settings"]), name, shards=reopen(Path(arguments["shards"])), **inputs)
         found = CheckpointSet.open(artifact)
-        results[name] = {"metrics": found.metrics(), "ledger": found.ledger(), "cursors": found.manifest.data_cursors, "path": str(artifact.path)}
+        results[name] = {"metrics": found.metrics(), "ledger": found.ledger(), "cursors": found.manifest.plain()["data_cursors"], "path": str(artifact.path)}
         print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
     (folder / f"result-{context.current().rank}.json").write_text(json.dumps(results))
     context.shutdown()

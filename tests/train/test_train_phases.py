@@ -42,34 +42,50 @@ def test_a_new_phase_on_a_new_mixture_loses_and_repeats_nothing(tmp_path, shards
     config = settings(**SECOND, budget="30 steps", validation={"tokens": "200 tokens"})
     second = train(tmp_path, config, shards=shards, mixture=mixture, checkpoint=first)
     one, two = CheckpointSet.open(first).manifest, CheckpointSet.open(second).manifest
-    assert sum(one.data_cursors.values()) == 6 * 4
-    assert sum(two.data_cursors.values()) == 36 * 4
+    opened = ShardSet.open(shards)
+    sizes = {name: opened.split(name).n_tokens // 32 for name in WEIGHTS}
+
+    def consumed(manifest, name):
+        cursor = manifest.data_cursors[name]
+        assert {leg.blocks for leg in cursor.legs} <= {sizes[name]}
+        return cursor.epoch * sizes[name] + sum(leg.taken for leg in cursor.legs)
+
+    assert sum(consumed(one, name) for name in WEIGHTS) == 6 * 4
+    assert sum(consumed(two, name) for name in WEIGHTS) == 36 * 4
     assert two.data_seed == one.data_seed
     assert two.tokens_before == one.tokens == 768
-    opened = ShardSet.open(shards)
-    data = open_data(config, opened, shards, mixture, one)
+    data = open_data(config, opened, shards, mixture, CheckpointSet.open(first))
     visits = blocks(open_data(settings(), opened, shards, None, None), 24) + blocks(data, 120)
     assert len(set(visits)) == 144
     # gamma goes into its second pass: every block of the first was visited, in whichever phase.
     size = data.order.blocks["gamma"]
-    assert two.data_cursors["gamma"] > size
+    assert two.data_cursors["gamma"].epoch == 1
     assert {block for name, block, epoch in visits if (name, epoch) == ("gamma", 0)} == set(range(size))
-    share = {name: (two.data_cursors[name] - one.data_cursors[name]) / 120 for name in WEIGHTS}
+    share = {name: (consumed(two, name) - consumed(one, name)) / 120 for name in WEIGHTS}
     assert share == pytest.approx(WEIGHTS, abs=1 / 120)
     # The first record of phase 2 is the model phase 1 ended with, on the same tokens.
     assert CheckpointSet.open(second).metrics()[0]["validation"] == CheckpointSet.open(first).metrics()[-1]["validation"]
 
 
-def test_cursors_start_over_when_blocks_mean_something_else(tmp_path, shards, first, messages):
-    parent = CheckpointSet.open(first).manifest
+def test_another_sequence_length_goes_on_with_what_is_left_and_other_shards_start_over(tmp_path, shards, first, messages):
+    parent = CheckpointSet.open(first)
     opened = ShardSet.open(shards)
-    config = settings(**{**SECOND, "sources": {"alpha": 1.0}, "inputs": {"shards": "corpus", "checkpoint": "train"}}, seq_length="64 tokens")
-    assert open_data(config, opened, shards, None, parent).start == {}
+    continuing = {**SECOND, "sources": {"alpha": 1.0}, "inputs": {"shards": "corpus", "checkpoint": "train"}}
+    data = open_data(settings(**continuing, seq_length="64 tokens"), opened, shards, None, parent)
+    alpha, taken = data.continued["alpha"], parent.manifest.data_cursors["alpha"].legs[0].taken
+    assert [leg.seq_length for leg in alpha.legs] == [32]
+    left = opened.split("alpha").n_tokens - 32 * taken
+    assert left // 64 <= alpha.rest.blocks + 1 <= (left + taken) // 64 + 1
+    assert data.cursors(0)["beta"] == parent.manifest.data_cursors["beta"]
     other = make_shards(tmp_path, documents=30, seed=5)
-    assert open_data(settings(), ShardSet.open(other), other, None, parent).start == {}
-    assert open_data(settings(carry_cursors=False), opened, shards, None, parent).start == {}
-    assert open_data(settings(), opened, shards, None, parent).start == parent.data_cursors
-    assert any("64 tokens after 32" in message for message in messages)
+
+    def fresh(data):
+        return not any(cursor.epoch or cursor.legs for cursor in data.cursors(0).values())
+
+    assert fresh(open_data(settings(), ShardSet.open(other), other, None, parent))
+    assert fresh(open_data(settings(carry_cursors=False), opened, shards, None, parent))
+    assert open_data(settings(), opened, shards, None, parent).cursors(0) == parent.manifest.data_cursors
+    assert any("alpha is read from other documents or in other sequences" in message for message in messages)
     assert any("other shards" in message for message in messages)
 
 
