@@ -11,21 +11,22 @@ from megatron_r1.config.base import Frozen, StageConfig, StepName
 from megatron_r1.config.units import Bytes, Samples, Tokens
 
 Domain = Literal["code", "math", "knowledge", "web", "chat", "science", "noise"]
-Kind = Literal["embedded", "jsonl", "text", "parquet"]
+Kind = Literal["embedded", "jsonl", "text", "parquet", "warc"]
 
 
 class SourceConfig(Frozen):
     """One source: where its documents come from and how they are read."""
 
-    kind: Kind = Field(description="embedded: a corpus this package knows how to get; jsonl, text, parquet: your own files")
+    kind: Kind = Field(description="embedded: a corpus this package knows how to get; jsonl, text, parquet, warc (WET files too): your own files")
     corpus: str | None = Field(None, description="embedded: name of the corpus, by default the source's own name")
-    path: str | None = Field(None, description="own files: a file, a folder, or a pattern such as data/*.jsonl.gz (.gz, .bz2, .xz are opened); ~ and $VARIABLES are expanded")
+    path: str | None = Field(None, description="own files: a file, a folder, or a pattern such as data/**/*.jsonl.gz, also s3://, hf://datasets/, https:// and what else fsspec knows; .gz, .bz2, .xz, .zst are opened; ~ and $VARIABLES are expanded")
     text_field: str = Field("text", description="jsonl, parquet: field that holds the text")
     template: str | None = Field(None, description="jsonl, parquet: text made of several fields, such as '{question}\\n{answer}', instead of text_field")
     messages_field: str = Field("messages", description="jsonl with format chat: field that holds [{role, content}, ...]")
     prompt_template: str | None = Field(None, description="format chat: the user's turn made of fields, such as '{question}'; together with response_template instead of messages_field")
     response_template: str | None = Field(None, description="format chat: the assistant's turn made of fields, such as '{answer}'")
-    id_field: str | None = Field(None, description="jsonl, parquet: field with a unique document id; by default file and position")
+    id_field: str | None = Field(None, description="jsonl, parquet: field with a unique document id; an id that was used before is bad input. By default see ids")
+    ids: Literal["position", "content"] = Field("position", description="without id_field: position is file and byte (row of a Parquet file; record id of a WARC file), content a hash of the words, the same wherever the text stands")
     group_field: str | None = Field(None, description="jsonl, parquet: field that groups documents (a problem, an author); a group never straddles splits. By default equal texts are a group")
     document: Literal["file", "paragraph", "line"] = Field("file", description="text: what one document is; paragraphs are separated by empty lines")
     domain: Domain | None = Field(None, description="kind of content; own files must say it, embedded corpora know it")
@@ -42,7 +43,7 @@ class SourceConfig(Frozen):
     def _consistent(self) -> SourceConfig:
         if self.kind == "embedded":
             if self.path is not None:
-                raise ValueError("expected no path for an embedded corpus; found one; remove it, or set kind to jsonl, text or parquet")
+                raise ValueError("expected no path for an embedded corpus; found one; remove it, or set kind to jsonl, text, parquet or warc")
             return self
         if not self.path:
             raise ValueError(f"expected a path for kind {self.kind}; found none; set path to a file, a folder or a pattern")
@@ -50,8 +51,15 @@ class SourceConfig(Frozen):
             raise ValueError("expected a domain for own files; found none; set domain to one of code, math, knowledge, web, chat, science, noise")
         if (self.prompt_template is None) != (self.response_template is None):
             raise ValueError("expected prompt_template and response_template together; found one of them; set both or neither")
-        if self.format == "chat" and self.kind == "text":
-            raise ValueError("expected kind jsonl or parquet for conversations; found text; store them as JSON lines")
+        if self.format == "chat" and self.kind not in ("jsonl", "parquet"):
+            raise ValueError(f"expected kind jsonl or parquet for conversations; found {self.kind}; store them as JSON lines")
+        fields = [name for name in ("id_field", "group_field", "template") if getattr(self, name) is not None]
+        if fields and self.kind not in ("jsonl", "parquet"):
+            raise ValueError(f"expected no {fields[0]} for kind {self.kind}, which has no fields; found one; remove it, or store the documents as JSON lines")
+        if self.ids == "content" and self.id_field is not None:
+            raise ValueError("expected id_field or ids: content; found both; remove one of them")
+        if self.ids == "content" and not self.deduplicate:
+            raise ValueError("expected deduplicate: true with ids: content, because equal texts would have one id; found false; set ids: position, or deduplicate: true")
         if self.format != "chat" and self.prompt_template is not None:
             raise ValueError("expected format chat with prompt_template; found format text; set format: chat, or use template")
         for template in (self.template, self.prompt_template, self.response_template):

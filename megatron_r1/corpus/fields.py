@@ -9,6 +9,10 @@ from typing import Any
 from megatron_r1.corpus.config import SourceConfig
 from megatron_r1.data.document import Document, problem
 
+DEPTH = 256
+"""Levels of JSON that are read. A limit of our own: the parser's hangs on the Python version and on who calls, and a document must
+not be good in one run and bad in the next."""
+
 
 def parse(line: bytes, offset: int) -> dict[str, Any] | str:
     """The JSON object of a line that begins at byte `offset`, or why it is none."""
@@ -18,9 +22,22 @@ def parse(line: bytes, offset: int) -> dict[str, Any] | str:
         return f"invalid UTF-8 at byte {offset + error.start}"
     except json.JSONDecodeError as error:
         return f"invalid JSON: {error.msg} at character {error.pos}"
-    except RecursionError:
-        return "invalid JSON: nested too deeply"
-    return fields if isinstance(fields, dict) else f"a JSON {type(fields).__name__}, not an object"
+    except (RecursionError, ValueError) as error:  # ValueError: a number of more digits than Python reads
+        return f"invalid JSON: nested deeper than {DEPTH} levels" if isinstance(error, RecursionError) else f"invalid JSON: {error}"
+    if line.count(b"[") + line.count(b"{") > DEPTH and _deeper(fields):
+        return f"invalid JSON: nested deeper than {DEPTH} levels"
+    return fields if isinstance(fields, dict) else f"{_called(fields)}, not an object"
+
+
+def _deeper(value: Any) -> bool:
+    """Whether lists and objects of a JSON value stand inside each other more than DEPTH times."""
+    level = [value]
+    for _ in range(DEPTH):
+        inside = (inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer))
+        level = [inner for inner in inside if isinstance(inner, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def top_fields(template: str) -> set[str]:
@@ -58,7 +75,7 @@ def make(name: str, source: SourceConfig, fields: dict[str, Any], file: str, off
             return f"field {source.text_field!r} is missing"
         text = fields[source.text_field]
         if not isinstance(text, str):
-            return f"field {source.text_field!r} is a {type(text).__name__}, not text"
+            return f"field {source.text_field!r} is {_called(text)}, not text"
     if not text or text.isspace():
         return "empty document"
     return Document(identity, name, text=storable(text), group=group, file=file, offset=offset)
@@ -80,6 +97,12 @@ def _conversation(name: str, source: SourceConfig, fields: dict[str, Any], ident
         return reason
     kept = tuple({"role": message["role"], "content": storable(message["content"])} for message in messages)
     return Document(identity, name, messages=kept, group=group, file=file, offset=offset)
+
+
+def _called(value: Any) -> str:
+    """What JSON calls a value."""
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _filled(template: str, fields: dict[str, Any]) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import io
 import os
 import posixpath
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from megatron_r1.corpus.config import SourceConfig
 from megatron_r1.utils.errors import DataError, EnvironmentProblem, R1Error
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
-ENDINGS = {"jsonl": (".jsonl", ".json", ".ndjson"), "text": (".txt", ".text", ".md", ".rst", ".py"), "parquet": (".parquet",)}
+ENDINGS = {"jsonl": (".jsonl", ".json", ".ndjson"), "text": (".txt", ".text", ".md", ".rst", ".py"), "parquet": (".parquet",), "warc": (".warc", ".wet")}
 BLOCK = 1 << 20
 STAMPS = ("ETag", "etag", "oid", "blob_id", "sha256", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "modified", "created")
 """What file systems call that which changes when a file does; the first they know is taken."""
@@ -147,30 +148,34 @@ def _stat(path: str) -> tuple[str, int, str]:
 def _local(path: Path) -> tuple[str, int, str]:
     with _access(str(path)):
         state = path.stat()
-        return str(path), state.st_size, str(state.st_mtime_ns)
+    if not stat.S_ISREG(state.st_mode):
+        raise DataError(expected=f"a file {path}", found="a folder, pipe or device", fix="name a regular file: it is read in parts, and again after an interruption")
+    return str(path), state.st_size, str(state.st_mtime_ns)
 
 
 def _local_files(pattern: str, endings: tuple[str, ...]) -> list[Path]:
     if os.path.isdir(pattern):
-        return [path for path in _walk(Path(pattern)) if _fits(path.name, endings)]
+        return [path for path in _walk(pattern) if _fits(path.name, endings)]
     if os.path.exists(pattern):
         return [Path(pattern)]
-    if "**" not in pattern:
+    parts = Path(pattern).parts
+    if "**" not in parts:
         return [Path(path) for path in glob.glob(pattern) if os.path.isfile(path)]
-    root = pattern.split("**")[0]
-    fits = re.compile(glob_regex(pattern))
-    return [path for path in _walk(Path(root if root.endswith("/") else os.path.dirname(root) or ".")) if fits.fullmatch(str(path))]
+    # glob itself follows links that form circles until the system stops it.
+    roots = glob.glob(str(Path(*parts[: parts.index("**")])))
+    fits = re.compile(_regex(pattern))
+    return [path for root in roots for path in _walk(root) if fits.fullmatch(str(path))]
 
 
-def glob_regex(pattern: str) -> str:
+def _regex(pattern: str) -> str:
     """A pattern with `**` as a regular expression over whole paths."""
     from fsspec.utils import glob_translate
 
     return glob_translate(str(Path(pattern)))
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Files below `root`; links are followed, but no folder is entered twice (links may form circles)."""
+def _walk(root: str) -> Iterator[Path]:
+    """Files below `root`, hidden ones left out; links are followed, but no folder is entered twice (links may form circles)."""
     entered: set[tuple[int, int]] = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_refused):
         state = os.stat(folder)
@@ -178,8 +183,8 @@ def _walk(root: Path) -> Iterator[Path]:
             folders.clear()
             continue
         entered.add((state.st_dev, state.st_ino))
-        folders.sort()
-        yield from (path for name in sorted(names) if (path := Path(folder, name)).is_file())
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (path for name in sorted(names) if not name.startswith(".") and (path := Path(folder, name)).is_file())
 
 
 def _refused(error: OSError) -> None:

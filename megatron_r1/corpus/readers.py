@@ -1,4 +1,4 @@
-"""Your own files as documents: JSON lines, plain text, Parquet. Bad input is an item like a document, never an exception.
+"""Your own files as documents: JSON lines, plain text, Parquet, WARC. Bad input is an item like a document, never an exception.
 
 Offsets count bytes of the decompressed file, or rows of a Parquet file. A line may be as long as memory allows.
 """
@@ -6,40 +6,17 @@ Offsets count bytes of the decompressed file, or rows of a Parquet file. A line 
 from __future__ import annotations
 
 import codecs
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
-from megatron_r1.corpus import fields, streams
+from megatron_r1.corpus import fields, parquet, streams, warc
 from megatron_r1.corpus.config import SourceConfig
 from megatron_r1.corpus.files import InputFile, Stored, check_unchanged
+from megatron_r1.corpus.filters import content_key
+from megatron_r1.corpus.items import Bad, Item, excerpt
 from megatron_r1.corpus.partitions import Partition, plan_partitions, splittable
 from megatron_r1.data.document import Document
 from megatron_r1.utils.errors import DataError
-
-EXCERPT = 200
-BATCH = 16 << 20
-"""Bytes of Parquet rows decoded at a time, about."""
-
-
-@dataclass(frozen=True)
-class Bad:
-    """Input that is no document: where it is and why."""
-
-    file: str
-    offset: int
-    """Byte of the decompressed file, or row of a Parquet file."""
-    reason: str
-    excerpt: str = ""
-
-    def record(self) -> dict[str, Any]:
-        """As a line of the quarantine."""
-        return {"file": self.file, "offset": self.offset, "reason": self.reason, "excerpt": self.excerpt}
-
-
-Item = tuple[Document | Bad, int, int]
-"""(what was made, bytes of content it took, position behind it)."""
 
 
 def read(name: str, source: SourceConfig, files: Sequence[InputFile]) -> Iterator[tuple[Document | Bad, int]]:
@@ -58,9 +35,19 @@ def read_partition(source: SourceConfig, partition: Partition, files: Sequence[I
     if file is None:
         raise DataError(expected=f"{partition.file} among the files of source {partition.source!r}", found=f"{len(files)} others", fix="plan the partitions from these files")
     check_unchanged(file)
+    for made, size, after in _items(source, partition, file, resume):
+        if source.ids == "content" and isinstance(made, Document):
+            made = replace(made, id=content_key(made))
+        yield made, size, after
+    check_unchanged(file)
+
+
+def _items(source: SourceConfig, partition: Partition, file: InputFile, resume: int | None) -> Iterator[Item]:
     with Stored(file) as stream:
         if source.kind == "parquet":
-            yield from _parquet(source, partition, stream, resume)
+            yield from parquet.items(source, partition, stream, resume)
+        elif source.kind == "warc":
+            yield from warc.items(partition, stream, file.suffix, resume)
         elif source.kind == "text" and source.document == "file":
             if resume is None:
                 yield _whole(partition, stream, file.suffix)
@@ -68,13 +55,14 @@ def read_partition(source: SourceConfig, partition: Partition, files: Sequence[I
             yield from _paragraphs(source, partition, stream, file, resume)
         else:
             yield from _by_line(source, partition, stream, file, resume)
-    check_unchanged(file)
 
 
 def _by_line(source: SourceConfig, partition: Partition, stream: Stored, file: InputFile, resume: int | None) -> Iterator[Item]:
     """One document a line."""
     before = _first(partition, stream) if resume is None else resume
     end = partition.end if splittable(source, file) else None
+    if end is not None and before >= end:
+        return
     jsonl = source.kind == "jsonl"
     try:
         for offset, line, after in streams.lines(streams.blocks(stream, file.suffix, before), before):
@@ -88,7 +76,7 @@ def _by_line(source: SourceConfig, partition: Partition, stream: Stored, file: I
                 record = fields.parse(line, offset)
                 made = record if isinstance(record, str) else fields.make(partition.source, source, record, file.name, offset)
                 if isinstance(made, str):
-                    made = Bad(file.name, offset, made, _excerpt(line))
+                    made = Bad(file.name, offset, made, excerpt(line))
             else:
                 made = _decoded(partition.source, line, f"{file.name}:{offset}", file.name, offset)
             yield made, after - before, after
@@ -101,7 +89,9 @@ def _paragraphs(source: SourceConfig, partition: Partition, stream: Stored, file
     """One document between empty lines. A paragraph belongs to where the empty line before it begins: both neighbours of a cut see that alike."""
     before = _first(partition, stream) if resume is None else resume
     end = partition.end if splittable(source, file) else None
-    inside = resume is not None or (partition.start == 0 and end != 0)
+    if end is not None and before >= end:
+        return
+    inside = resume is not None or partition.start == 0
     block: list[bytes] = []
     start = after = before
     try:
@@ -122,8 +112,8 @@ def _paragraphs(source: SourceConfig, partition: Partition, stream: Stored, file
                 return
             inside = True
     except streams.DamagedInput as damage:
-        reason, offset, excerpt, reached = damage.args
-        yield _damaged(file, before, reason, start if block else offset, block[0] if block else excerpt, reached)
+        reason, offset, begin, reached = damage.args
+        yield _damaged(file, before, reason, start if block else offset, block[0] if block else begin, reached)
         return
     if block:
         yield _decoded(partition.source, b"\n".join(block), f"{file.name}:{start}", file.name, start), after - before, after
@@ -136,7 +126,7 @@ def _whole(partition: Partition, stream: Stored, suffix: str) -> Item:
         content.extend(streams.blocks(stream, suffix))
     except streams.DamagedInput as damage:
         size = sum(map(len, content))
-        return Bad(partition.file, 0, f"{damage.args[0]} (after {size} bytes)", _excerpt(content[0] if content else b"")), size, size
+        return Bad(partition.file, 0, f"{damage.args[0]} (after {size} bytes)", excerpt(content[0] if content else b"")), size, size
     raw = _bare(b"".join(content), 0, newline=False)
     content.clear()
     return _decoded(partition.source, raw, partition.file, partition.file, 0), len(raw), len(raw)
@@ -156,9 +146,9 @@ def _first(partition: Partition, stream: Stored) -> int:
     return partition.end
 
 
-def _damaged(file: InputFile, before: int, reason: str, offset: int, excerpt: bytes, reached: int) -> Item:
+def _damaged(file: InputFile, before: int, reason: str, offset: int, begin: bytes, reached: int) -> Item:
     """The one item that stands for all that can not be read. Its position lies behind what can be, so that nothing follows it."""
-    return Bad(file.name, offset, f"{reason} (after {reached} bytes of content); what follows is lost", _excerpt(excerpt)), reached - before, reached + 1
+    return Bad(file.name, offset, f"{reason} (after {reached} bytes of content); what follows is lost", excerpt(begin)), reached - before, reached + 1
 
 
 def _bare(line: bytes, offset: int, newline: bool = True) -> bytes:
@@ -168,82 +158,11 @@ def _bare(line: bytes, offset: int, newline: bool = True) -> bytes:
     return line.rstrip(b"\r") if newline else line
 
 
-def _excerpt(line: bytes) -> str:
-    return line[:EXCERPT].decode("utf-8", errors="replace")
-
-
 def _decoded(name: str, raw: bytes, identity: str, file: str, offset: int) -> Document | Bad:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        return Bad(file, offset, f"invalid UTF-8 at byte {offset + error.start}", _excerpt(raw))
+        return Bad(file, offset, f"invalid UTF-8 at byte {offset + error.start}", excerpt(raw))
     if not text or text.isspace():
         return Bad(file, offset, "empty document")
     return Document(identity, name, text=text, file=file, offset=offset)
-
-
-def _parquet(source: SourceConfig, partition: Partition, stream: Stored, resume: int | None) -> Iterator[Item]:
-    """One document a row. Row groups are read in batches of the needed columns."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    file = partition.file
-    try:
-        table = pq.ParquetFile(stream, buffer_size=streams.BLOCK)
-    except (pa.ArrowException, OSError) as error:
-        if partition.start == 0 and resume is None:
-            yield Bad(file, 0, f"not a whole Parquet file: {_line(error)}"), 0, 1
-        return
-    named = fields.wanted_fields(source)
-    columns = [column for column in table.schema_arrow.names if column in named]
-    if named.difference(columns):
-        raise DataError(
-            expected=f"columns {', '.join(sorted(named))} in {file}", found=f"columns {', '.join(table.schema_arrow.names)}",
-            fix=f"name the right fields in sources.{partition.source}, or take the file out of its path",
-        )
-    position, stored_size = 0, stream.seek(0, os.SEEK_END)
-    for number in range(table.num_row_groups):
-        group = table.metadata.row_group(number)
-        begins, rows = min(_begin(group), stored_size - 1), position
-        position += group.num_rows
-        if not partition.start <= begins < partition.end or position <= (resume or 0) or not group.num_rows:
-            continue
-        size = max(1, sum(group.column(i).total_uncompressed_size for i in range(group.num_columns) if group.column(i).path_in_schema.split(".")[0] in columns) // group.num_rows)
-        row = rows
-        try:
-            for batch in table.iter_batches(batch_size=max(1, min(8192, BATCH // size)), row_groups=[number], columns=columns):
-                if row + batch.num_rows <= (resume or 0):
-                    row += batch.num_rows
-                    continue
-                for record in _rows(batch):
-                    row += 1
-                    if row <= (resume or 0):
-                        continue
-                    made = record if isinstance(record, str) else fields.make(partition.source, source, record, file, row - 1)
-                    yield (Bad(file, row - 1, made) if isinstance(made, str) else made), size, row
-        except (pa.ArrowException, OSError) as error:
-            yield Bad(file, row, f"damaged Parquet data: {_line(error)}; rows {row} to {position - 1} are lost"), (position - row) * size, position
-
-
-def _begin(group: Any) -> int:
-    """Byte a row group begins at."""
-    columns = [group.column(i) for i in range(group.num_columns)]
-    return max(0, min((column.dictionary_page_offset or column.data_page_offset for column in columns), default=0))
-
-
-def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """Rows as Python values; one by one where some are not UTF-8."""
-    try:
-        yield from batch.to_pylist()
-        return
-    except UnicodeDecodeError:
-        pass
-    for i in range(batch.num_rows):
-        try:
-            yield batch.slice(i, 1).to_pylist()[0]
-        except UnicodeDecodeError as error:
-            yield f"invalid UTF-8 at byte {error.start} of a field"
-
-
-def _line(error: Exception) -> str:
-    return str(error).split("\n")[0]

@@ -34,7 +34,7 @@ def test_bad_lines_are_named_with_their_offset(tmp_path):
     good, bad = collect(source(), path)
     assert [document.text for document in good] == ["good one", "half a pair ?", "good \u2028 two"]
     assert [document.id for document in good] == [f"a.jsonl:{offsets[i]}" for i in (0, 8, 9)]
-    reasons = ["invalid JSON", "invalid UTF-8 at byte", "empty document", "'text' is missing", "is a int", "a JSON list"]
+    reasons = ["invalid JSON", "invalid UTF-8 at byte", "empty document", "'text' is missing", "is a number", "a list, not an object"]
     for entry, line, reason in zip(bad, range(1, 7), reasons, strict=True):
         assert (entry.file, entry.offset) == ("a.jsonl", offsets[line])
         assert reason in entry.reason
@@ -113,7 +113,7 @@ def test_parquet(tmp_path):
     pq.write_table(pa.table({"text": ["one", None, "", "four"], "key": [1, 2, 3, 4], "other": [0.0] * 4}), path, row_group_size=2)
     good, bad = collect(source("parquet", id_field="key"), path)
     assert [(document.id, document.text) for document in good] == [("1", "one"), ("4", "four")]
-    assert [(entry.offset, entry.reason) for entry in bad] == [(1, "field 'text' is a NoneType, not text"), (2, "empty document")]
+    assert [(entry.offset, entry.reason) for entry in bad] == [(1, "field 'text' is null, not text"), (2, "empty document")]
     path.write_bytes(b"PAR1 no")
     good, bad = collect(source("parquet"), path)
     assert not good
