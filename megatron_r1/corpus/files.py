@@ -26,8 +26,9 @@ from megatron_r1.utils.errors import DataError, EnvironmentProblem, R1Error
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 ENDINGS = {"jsonl": (".jsonl", ".json", ".ndjson"), "text": (".txt", ".text", ".md", ".rst", ".py"), "parquet": (".parquet",), "warc": (".warc", ".wet")}
 BLOCK = 1 << 20
-STAMPS = ("ETag", "etag", "oid", "blob_id", "sha256", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "modified", "created")
-"""What file systems call that which changes when a file does; the first they know is taken."""
+VERSIONS = ("ETag", "etag", "oid", "blob_id", "sha256", "md5Hash", "generation")
+"""What file systems call that which changes when a file does; the first they know is taken, or else a time."""
+TIMES = ("LastModified", "last_modified", "mtime", "modified", "created")
 
 
 class InputFile(Frozen):
@@ -200,19 +201,31 @@ def _remote_files(pattern: str, endings: tuple[str, ...]) -> list[tuple[str, int
     with _access(pattern):
         filesystem, bare = _filesystem(pattern), _bare(pattern)
         filesystem.invalidate_cache()
-        if any(char in bare for char in "*?["):
+        if any(char in bare for char in ("*[" if pattern.startswith("http") else "*?[")):
             entries = filesystem.glob(bare, detail=True)
-        elif filesystem.isfile(bare):
-            return [_described(pattern, filesystem.info(bare))]
         else:
-            entries = {path: info for path, info in filesystem.find(bare, detail=True).items() if _fits(path, endings)}
-        return [_described(filesystem.unstrip_protocol(path), info) for path, info in entries.items() if info["type"] == "file"]
+            try:
+                info = filesystem.info(bare)
+            except FileNotFoundError as error:
+                if _unreachable(error):
+                    raise
+                return []
+            if info["type"] == "file":
+                return [_described(pattern, info)]
+            entries = {path: info for path, info in filesystem.find(bare, detail=True).items() if _fits(path, endings) and "/." not in path.removeprefix(bare)}
+        found = []
+        for path, info in entries.items():
+            if info["type"] == "file":
+                # What a listing tells and what is told of one file agree only where there is a proper version.
+                told = info if any(info.get(key) for key in VERSIONS) else filesystem.info(path)
+                found.append(_described(filesystem.unstrip_protocol(path), told))
+        return found
 
 
 def _described(path: str, info: dict[str, Any]) -> tuple[str, int, str]:
     if info.get("size") is None:
         raise EnvironmentProblem(expected=f"a store that tells the size of {path}", found="none told", fix="download the file and read it from disk")
-    return path, int(info["size"]), next((str(info[key]) for key in STAMPS if info.get(key) is not None), "")
+    return path, int(info["size"]), next((str(info[key]) for key in (*VERSIONS, *TIMES) if info.get(key) is not None), "")
 
 
 def _named(found: list[tuple[str, int, str]]) -> list[InputFile]:
@@ -246,6 +259,8 @@ def _access(path: str) -> Iterator[None]:
     except R1Error:
         raise
     except FileNotFoundError as error:
+        if _unreachable(error):
+            raise _problem(path, error) from error
         raise DataError(expected=f"a file {path}", found="no such file", fix="correct the path; if it was moved or deleted while the run went on, put it back and run the same command again") from error
     except OSError as error:
         raise _problem(path, error) from error
@@ -256,8 +271,14 @@ def _access(path: str) -> Iterator[None]:
         raise _problem(path, error) from error
 
 
+def _unreachable(error: FileNotFoundError) -> bool:
+    """fsspec's HTTP says "not found" of servers that do not answer, too; what did happen is the cause."""
+    cause = error.__cause__
+    return cause is not None and not isinstance(cause, FileNotFoundError) and (isinstance(cause, OSError) or "Connection" in type(cause).__name__ or "Timeout" in type(cause).__name__)
+
+
 def _problem(path: str, error: Exception) -> EnvironmentProblem:
-    found = f"{type(error).__name__}: {error}"
+    found = ": ".join([type(error).__name__, str(error), *([str(error.__cause__)] if error.__cause__ else [])])
     if isinstance(error, ImportError):
         fix = "install what the message names (s3:// needs s3fs, hf:// huggingface_hub, https:// aiohttp)"
     elif remote(path):
