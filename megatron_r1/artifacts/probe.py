@@ -101,6 +101,7 @@ class JudgeRecord(Frozen):
     template: str = Field(description="chat: its own chat template; plain: none")
     tokens: int = Field(description="tokens of a window it was shown at most")
     questions: dict[str, str] = Field(description="sieve (and domain) -> question")
+    examples: int = Field(default=0, description="answered examples it was shown before every document")
     checks: list[JudgeCheck] = Field(description="the judge measured on documents of this run")
 
 

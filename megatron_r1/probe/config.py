@@ -41,6 +41,13 @@ class CapabilityConfig(Frozen):
         return sources
 
 
+class ExampleConfig(Frozen):
+    """A text with the answers a person gives, which the judge is shown before every document."""
+
+    text: str = Field(min_length=1, description="the text; of your own, never of a benchmark")
+    yes: list[str] = Field(default=[], description="what it is answered with 1 for: quality, reasoning, a capability's name; 0 for all else")
+
+
 class JudgeConfig(Frozen):
     """The language model that answers questions about documents with 1 or 0 (Ask-LLM, arXiv 2402.09668).
 
@@ -50,6 +57,9 @@ class JudgeConfig(Frozen):
     model: PretrainedConfig = Field(description="any Hugging Face causal language model; one trained to follow instructions answers best")
     template: Literal["chat", "plain"] = Field(
         default="chat", description="chat: the tokenizer's own chat template; plain: text, question and an empty answer line, for a base model"
+    )
+    examples: list[ExampleConfig] = Field(
+        default=[], description="answered examples shown before every document; a small judge answers at random without (docs/data.md)"
     )
     tokens: int = Field(default=1024, ge=8, description="tokens of the window (the judge's own) that it is shown, from the window's beginning")
     batch: Tokens = Field(default=Tokens(8192), description="tokens read at once, padding included; bounds the memory")
@@ -218,6 +228,9 @@ class ProbeConfig(StageConfig):
             raise ValueError("expected a rule that asks the judge (quality, reasoning, domain, semantic); found none; turn one on, or set judge to null")
         if rules.domain is not None and (unnamed := sorted(set(self.capabilities) - set(rules.domain.about))):
             raise ValueError(f"expected what {', '.join(unnamed)} is about; found nothing; add it to rules.domain.about")
+        known = {"quality", "reasoning", *self.capabilities}
+        if self.judge is not None and (strange := sorted({name for example in self.judge.examples for name in example.yes} - known)):
+            raise ValueError(f"expected examples that answer {', '.join(sorted(known))}; found {', '.join(strange)}; correct judge.examples")
         if rules.domain is not None and "{about}" not in rules.domain.question:
             raise ValueError(f"expected {{about}} in rules.domain.question; found {rules.domain.question!r}; write {{about}} where the domain's name belongs")
         return self

@@ -15,7 +15,7 @@ from megatron_r1.artifacts.probe import JudgeCheck, JudgeRecord, QualityRecord
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.probe.config import ProbeConfig, SemanticConfig
-from megatron_r1.probe.judge import Judge
+from megatron_r1.probe.judge import Judge, Question
 from megatron_r1.probe.quality import CLASSIFIER_TOKENS, Published, features, train
 from megatron_r1.probe.scores import Scores
 from megatron_r1.probe.semantic import distinct
@@ -100,7 +100,7 @@ class Sieving:
             asked = {"classifier": published.sha256, "tokenizer": self.shards.tokenizer.sha256}
             return self.store.of("quality", asked, _windows(sieves), lambda rows: published.scores(self._texts(sieves, rows)))
         rows = _evenly(sieves, rule.labels)
-        answers = self._ask_rows("quality labels", sieves, rows, [rule.question])[:, 0]
+        answers = self._ask_rows("quality labels", sieves, rows, Question(rule.question, ("quality",)))
         labels = np.log(np.clip(answers, 1e-9, 1)) - np.log(np.clip(1 - answers, 1e-9, 1))
         owner, place = _places(sieves)
         windows = (sieves[owner[row]].window(place[row]) for row in rows)
@@ -119,33 +119,36 @@ class Sieving:
         scores = [trained.scores(sieve.windows(), len(sieve)) for sieve in sieves]
         return np.concatenate(scores)
 
-    def _question(self, name: str, source: str) -> str:
+    def _question(self, name: str, source: str) -> Question:
         """What is asked about a source's documents."""
         rule = getattr(self.config.rules, name)
-        if name != "domain":
-            return rule.question
-        return rule.question.replace("{about}", " or ".join(rule.about[capability] for capability in self.members[source]))
+        return Question(rule.question, (name,)) if name != "domain" else self._domain(self.members[source])
 
-    def _ask(self, name: str, sieves: Sequence[SourceSieve], questions: Mapping[str, str]) -> np.ndarray:
+    def _domain(self, capabilities: Sequence[str]) -> Question:
+        """Whether a text belongs to one of the capabilities."""
+        rule = self.config.rules.domain
+        assert rule is not None
+        return Question(rule.question.replace("{about}", " or ".join(rule.about[capability] for capability in capabilities)), tuple(capabilities))
+
+    def _ask(self, name: str, sieves: Sequence[SourceSieve], questions: Mapping[str, Question]) -> np.ndarray:
         """The judge's scores for every candidate, [N]: those of sources with the same question together."""
         owner, _ = _places(sieves)
-        asked_of = np.array([questions[sieve.source] for sieve in sieves])[owner]
         scores = np.zeros(len(owner))
-        for question in sorted(set(asked_of)):
-            rows = np.flatnonzero(asked_of == question)
-            label = name if len(set(asked_of)) == 1 else f"{name} {' '.join(sorted(s for s in questions if questions[s] == question))}"
-            scores[rows] = self._ask_rows(label, sieves, rows, [str(question)])[:, 0]
+        for question in dict.fromkeys(questions.values()):
+            rows = np.flatnonzero([questions[sieves[o].source] == question for o in owner])
+            label = name if name != "domain" else f"domain {' or '.join(question.names)}"
+            scores[rows] = self._ask_rows(label, sieves, rows, question)
         return scores
 
-    def _ask_rows(self, label: str, sieves: Sequence[SourceSieve], rows: np.ndarray, questions: list[str]) -> np.ndarray:
+    def _ask_rows(self, label: str, sieves: Sequence[SourceSieve], rows: np.ndarray, question: Question) -> np.ndarray:
         judge = self._judge()
-        asked = {"questions": questions, **self._identity()}
+        asked = {"question": [question.text, *question.names], **self._identity()}
         windows = _windows(sieves)[rows]
         if judge.rate() > 0:
-            tokens = self._tokens(sieves, rows) + len(rows) * sum(judge.overhead(question) for question in questions)
+            tokens = self._tokens(sieves, rows) + len(rows) * judge.overhead(question)
             seconds = tokens / judge.rate() / self.ctx.data_size
             log.info("probe: %s: %d documents, about %s tokens, at most %s at the %s tokens/s measured", label, len(rows), human(tokens), duration(seconds), human(judge.rate()))
-        return self.store.of(label, asked, windows, lambda part: judge.ask(self._texts(sieves, rows[part]), questions)[0])
+        return self.store.of(label, asked, windows, lambda part: judge.ask(self._texts(sieves, rows[part]), [question])[0][:, 0])
 
     def _plan(self, sieves: Sequence[SourceSieve]) -> None:
         """What the models will read, at most, before they do."""
@@ -170,15 +173,17 @@ class Sieving:
         """Measure the judge on documents of this run: against their own words in random order, and across capabilities."""
         config, judge, rules = self.config, self._judge(), self.config.rules
         assert config.judge is not None
-        questions = {"quality": rules.quality.question} if rules.quality is not None and rules.quality.classifier is None else {}
+        questions: dict[str, Question] = {}
+        if rules.quality is not None and rules.quality.classifier is None:
+            questions["quality"] = Question(rules.quality.question, ("quality",))
         if rules.reasoning is not None:
-            questions["reasoning"] = rules.reasoning.question
+            questions["reasoning"] = Question(rules.reasoning.question, ("reasoning",))
         against_shuffled = list(questions)
         if rules.domain is not None:
-            questions |= {f"domain {name}": rules.domain.question.replace("{about}", rules.domain.about[name]) for name in config.capabilities}
+            questions |= {f"domain {name}": self._domain([name]) for name in config.capabilities}
         record = JudgeRecord(
             model=config.judge.model.name, sha256=judge.sha256, precision=config.judge.model.precision, template=config.judge.template, tokens=config.judge.tokens,
-            questions=questions, checks=[],
+            questions={name: question.text for name, question in questions.items()}, examples=len(config.judge.examples), checks=[],
         )
         if questions:
             rows = _evenly(sieves, config.judge.checked)
@@ -187,9 +192,9 @@ class Sieving:
             rng = generator(config.seed or 0, "judge check")
             shuffled = [" ".join(rng.permutation(text.split())) for text in texts]
 
-            def measure(label: str, whose: list[str], asked: dict[str, str]) -> dict[str, np.ndarray]:
+            def measure(label: str, whose: list[str], asked: dict[str, Question]) -> dict[str, np.ndarray]:
                 """question -> [n, 2]: score, and p of both answers together"""
-                key = {"check": label, "questions": asked, **self._identity()}
+                key = {"check": label, "questions": [[question.text, *question.names] for question in asked.values()], **self._identity()}
                 found = self.store.of(
                     f"check {label}", key, _windows(sieves)[rows], lambda part: np.stack(judge.ask([whose[i] for i in part], list(asked.values())), -1)
                 )
@@ -218,7 +223,7 @@ class Sieving:
     def _identity(self) -> dict[str, Any]:
         """What the judge's numbers depend on besides text and question."""
         assert self.config.judge is not None
-        shown = self.config.judge.model_dump(mode="json", include={"template", "tokens", "batch"})
+        shown = self.config.judge.model_dump(mode="json", include={"template", "examples", "tokens", "batch"})
         return {**shown, "precision": self.config.judge.model.precision, "sha256": self._judge().sha256, "tokenizer": self.shards.tokenizer.sha256}
 
     def _tokens(self, sieves: Sequence[SourceSieve], rows: np.ndarray) -> int:

