@@ -212,8 +212,9 @@ class Sieving:
         self.found.judge = record
         for check in record.checks:
             said = f"judge {record.model}, {check.name}: AUC {check.auc:.2f} [{check.low:.2f}, {check.high:.2f}] (n = {check.first} and {check.second})"
-            log.info("probe: %s: %s", said, check.verdict)
-            if check.verdict != "better than chance":
+            if check.verdict == "better than chance":
+                log.info("probe: %s", said)
+            else:
                 self.found.note(f"{said} is {check.verdict}: this sieve does not choose what it is meant to")
 
     def _judge(self) -> Judge:

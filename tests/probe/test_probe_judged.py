@@ -231,6 +231,7 @@ def test_another_judge_in_the_same_folder_is_asked_anew(shards: Artifact, folder
     assert resumed == fresh
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_makes(shards: Artifact, folder: Path, tmp_path: Path) -> None:
     whole = make(probe_config(folder), shards, tmp_path / "one")
     config = tmp_path / "config.json"
