@@ -226,8 +226,8 @@ class TrainConfig(StageConfig):
         if self.objective != "sft" and self.inputs.mixture is None and self.sources is None:
             raise ValueError("expected inputs.mixture or sources; found neither; name a mixture step, give shares, or write sources: natural")
         for table in (self.sources, *(piece.sources for piece in self.schedule)):
-            if isinstance(table, dict) and (not all(0 <= share < math.inf for share in table.values()) or not any(table.values())):
-                raise ValueError(f"expected finite shares >= 0 with a sum above 0; found {table}; they are divided by their sum")
+            if isinstance(table, dict) and (not table or min(table.values()) < 0 or max(table.values()) <= 0):
+                raise ValueError(f"expected shares >= 0 with a sum above 0; found {table}; they are divided by their sum")
         for before, piece in itertools.pairwise(self.schedule):
             if piece.start < max(before.start + 1, before.start + before.over):
                 raise ValueError(

@@ -53,6 +53,12 @@ def test_published_pretraining_and_sft():
         ({"budget": "0 steps"}, "above zero"),
         ({"lr": {"peak": 1.0, "warmup": 2000}}, "write the unit"),
         ({"learning_rate": 1.0}, "Extra inputs"),
+        ({"sources": {"a": float("nan"), "b": 1.0}}, "finite number"),
+        ({"schedule": [{"start": "1k tokens", "sources": {"a": float("inf")}}]}, "finite number"),
+        ({"schedule": [{"start": "1k tokens", "sources": {"a": 0.0}}]}, "sum above 0"),
+        ({"schedule": [{"start": "1k tokens", "sources": "natural", "over": "1k tokens"}, {"start": "1500 tokens", "sources": "uniform"}]}, "after 1000 \\+ 1000 tokens"),
+        ({"schedule": [{"start": "1k tokens", "sources": "natural"}], "objective": "sft"}, "neither schedule nor max_epochs"),
+        ({"max_epochs": 0.0}, "greater than 0"),
     ],
 )
 def test_contradictions_are_refused(change, message):

@@ -89,6 +89,38 @@ def test_another_sequence_length_goes_on_with_what_is_left_and_other_shards_star
     assert any("other shards" in message for message in messages)
 
 
+def test_shares_that_change_while_a_phase_runs(tmp_path, shards, messages):
+    """A schedule and a cap, through a phase and the one after it: nothing twice, and what the log says is what is drawn."""
+    schedule = [{"start": "512 tokens", "sources": {"alpha": 1.0}}, {"start": "1k tokens", "sources": {"alpha": 1.0, "beta": 1.0, "gamma": 1.0}, "over": "512 tokens", "jumps": 4}]
+    config = settings(schedule=schedule, max_epochs={"alpha": 0.4}, budget="20 steps", sources={"alpha": 0.5, "beta": 0.5})
+    opened = ShardSet.open(shards)
+    data = open_data(config, opened, shards, None, None)
+    names = [data.order.locate(i).source for i in range(80)]
+    (capped,) = [event for event in data.order.capped if event.source == "alpha"]
+    cap = int(0.4 * data.order.blocks["alpha"])
+    assert names.count("alpha") == cap
+    assert names.index("gamma") >= 32
+    assert set(names[16 : min(32, capped.sample)]) == {"alpha"}
+    assert "alpha" not in names[capped.sample :]
+    assert any(f"alpha reaches its 0.4 passes at sample {capped.sample} (token {32 * capped.sample})" in message for message in messages)
+    first = train(tmp_path, config, "first", shards=shards)
+    found = CheckpointSet.open(first)
+    drawn = {name: sum(record["sources"].get(name, 0) for record in found.ledger()) for name in WEIGHTS}
+    assert drawn == {name: names.count(name) for name in WEIGHTS}
+    assert found.manifest.sources == pytest.approx({name: count / 80 for name, count in drawn.items()}, abs=1e-6)
+    second = settings(model=None, inputs={"shards": "corpus", "checkpoint": "first"}, max_epochs=1.0, budget="30 steps")
+    later = open_data(second, opened, shards, None, found)
+    visits = blocks(data, 80) + blocks(later, 120)
+    assert len(set(visits)) == 200
+    assert {epoch for _, _, epoch in visits} == {0}
+    with pytest.raises(DataError, match=r"all of them at their caps(?s:.)*raise max_epochs"):
+        open_data(settings(max_epochs=0.5, budget="100 steps"), opened, shards, None, None)
+    with pytest.raises(ConfigError, match=r"from token 1000000 on(?s:.)*shorten the schedule"):
+        open_data(settings(schedule=[{"start": "1M tokens", "sources": "natural"}]), opened, shards, None, None)
+    with pytest.raises(ConfigError, match="max_epochs of sources with a share"):
+        open_data(settings(max_epochs={"delta": 1.0}), opened, shards, None, None)
+
+
 def test_moments_are_fresh_or_carried(tmp_path, shards, first):
     base = {"model": None, "inputs": {"shards": "corpus", "checkpoint": "train"}, "budget": "1 steps", "model_changes": {"rope_theta": 8e6, "max_positions": 4096}}
     fresh = train(tmp_path, settings(**base), "fresh", shards=shards, checkpoint=first)
