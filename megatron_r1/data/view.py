@@ -60,6 +60,11 @@ class TokenStream:
         """Tokens in the stream."""
         return int(self.offsets[-1])
 
+    @property
+    def n_fresh(self) -> int:
+        """Tokens in the stream that are not repeated."""
+        return self.n_tokens - (0 if self._repeated is None else int(self._repeated.sum()))
+
     def blocks(self, seq_length: int) -> int:
         """How many blocks of `seq_length` targets the stream holds (a block reads one token more than it predicts)."""
         return max(0, (self.n_tokens - 1) // seq_length)
@@ -97,7 +102,7 @@ class TokenStream:
     def ranges_of(self, blocks: np.ndarray, seq_length: int) -> Ranges:
         """Tokens of the shard that are targets of these blocks (distinct numbers, any order).
 
-        The first token of the stream, which nothing precedes, counts with block 0; tokens read as context are among them.
+        The first token of the stream, which nothing precedes, counts with block 0.
         """
         blocks = np.sort(np.asarray(blocks, np.int64))
         first = blocks[np.diff(blocks, prepend=-2) != 1]
@@ -105,9 +110,10 @@ class TokenStream:
         starts, ends = np.where(first == 0, 0, first * seq_length + 1), (last + 1) * seq_length + 1
         if self.documents is None:
             return starts, ends
-        cuts = _distinct(starts, ends, self.offsets)
-        inside = _covers(starts, ends, cuts[:-1])
-        begins, lengths = cuts[:-1][inside], np.diff(cuts)[inside]
+        context = np.zeros(0, np.int64) if self._repeated is None else self.offsets[:-1][self._repeated]
+        cuts = _distinct(starts, ends, self.offsets, context + 1)
+        read = _covers(starts, ends, cuts[:-1]) & ~_covers(context, context + 1, cuts[:-1])
+        begins, lengths = cuts[:-1][read], np.diff(cuts)[read]
         piece = np.searchsorted(self.offsets, begins, side="right") - 1
         found = self._starts[piece] + begins - self.offsets[piece]
         return union((found, found + lengths))
