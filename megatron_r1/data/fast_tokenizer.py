@@ -6,6 +6,7 @@ start, on texts chosen to break it (check_texts), and goes on being compared on 
 
 - characters that Unicode got after version 14 (2021): every library has tables of its own age, and a letter of one is no
   letter of the other (found by comparing all code points);
+- symbols that a SentencePiece model's user defined (Mistral's [REFERENCE_DOC_1]): what follows one is not a new beginning;
 - bytes that the vocabulary lacks (SmolLM2 has no U+0004): the plain library leaves them out and joins what stood around them.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -35,6 +37,8 @@ SINCE_14 = (
 """Code points assigned by Unicode 15 to 18, in hexadecimal; what this Python does not know either is added to them."""
 PLANES = 0x40000
 """Beyond these four planes nothing is a letter, a digit or a space, and nothing will be soon."""
+WORDS = 2000
+"""Tokens of a vocabulary that the self-check puts together, evenly over the ids."""
 CACHE_BYTES = 128 << 20
 LOOK_EVERY = 8 << 20
 """The library remembers every word it has seen, without a limit: after this much text its growth is looked at."""
@@ -65,9 +69,11 @@ def unsettled(text: str) -> bool:
 class Gigatoken:
     """The fast library, opened. `encode` gives int32 ids, or None for a text that the plain library has to do."""
 
-    def __init__(self, described: str, size: int) -> None:
-        """`described`: a tokenizer.json whose special tokens have been taken out; `size`: the plain library's number of ids."""
+    def __init__(self, described: str, size: int, symbols: Sequence[str] = ()) -> None:
+        """`described`: a tokenizer.json whose special tokens have been taken out; `size`: the plain library's number of ids;
+        `symbols`: what a text may not contain."""
         self.described, self.size = described, size
+        self.symbols = re.compile("|".join(map(re.escape, symbols))) if symbols else None
         self._open()
 
     def _open(self) -> None:
@@ -78,7 +84,7 @@ class Gigatoken:
 
     def encode(self, text: str) -> np.ndarray | None:
         """Ids, int32, of one text."""
-        if unsettled(text):
+        if unsettled(text) or (self.symbols and self.symbols.search(text)):
             return None
         self.read += len(text)
         if self.read >= LOOK_EVERY:
@@ -90,11 +96,10 @@ class Gigatoken:
         return None if len(ids) and ids.max() >= self.size else ids.view(np.int32)
 
 
-def open_fast(file: Path, kind: str, size: int, specials: Sequence[str], plain: Callable[[Sequence[str]], list[np.ndarray]]) -> tuple[Gigatoken, dict[str, Any]]:
+def open_fast(file: Path, kind: str, size: int, texts: Sequence[str], plain: Callable[[Sequence[str]], list[np.ndarray]]) -> tuple[Gigatoken, dict[str, Any]]:
     """The fast library for a tokenizer file, checked, and what was checked.
 
-    `kind`: tokenizers or sentencepiece; `specials`: special tokens, whose letters must stay letters; `plain`: the library it
-    must agree with. Raises Refused when it is not installed, can not read the file, or gives other ids.
+    `kind`: tokenizers or sentencepiece; `texts`: check_texts; `plain`: the library it must agree with on them. Raises Refused when it is not installed, can not read the file, or gives other ids.
     """
     try:
         version = metadata.version("gigatoken")
@@ -102,25 +107,23 @@ def open_fast(file: Path, kind: str, size: int, specials: Sequence[str], plain: 
     except (ImportError, metadata.PackageNotFoundError) as error:
         raise Refused("gigatoken is not installed") from error
     try:
-        fast = Gigatoken(_describe(file, kind, size), size)
+        described = _describe(file, kind, size)
+        fast = Gigatoken(json.dumps(described), size, [token["content"] for token in described["added_tokens"]] if kind == "sentencepiece" else ())
     except BaseException as error:  # a Rust panic is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
         raise Refused(f"gigatoken {version} can not read {file.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-    texts = check_texts(specials)
-    count = 0
+    expected = plain(texts)
     # Twice: the second time from its memory of words.
-    for turn in range(2):
-        expected = plain(texts) if not turn else expected  # noqa: F821
+    for _ in range(2):
         for text, ids in zip(texts, expected, strict=True):
             found = fast.encode(text)
             if found is not None and not np.array_equal(found, ids):
                 raise Refused(f"gigatoken {version} gives other ids for {text[:60]!r}: {found[:12].tolist()} instead of {ids[:12].tolist()}")
-            count += len(ids)
-    return fast, {"library": f"gigatoken {version}", "checked_texts": len(texts), "checked_ids": count // 2}
+    return fast, {"library": f"gigatoken {version}", "checked_texts": len(texts), "checked_ids": sum(map(len, expected))}
 
 
-def _describe(file: Path, kind: str, size: int) -> str:
+def _describe(file: Path, kind: str, size: int) -> dict[str, Any]:
     """A tokenizer.json for the fast library: without special tokens, which would be read out of text, and with every byte."""
     if kind == "sentencepiece":
         from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
@@ -134,7 +137,7 @@ def _describe(file: Path, kind: str, size: int) -> str:
     if model.get("type", "BPE") == "BPE" and not model.get("byte_fallback"):
         missing = [letter for letter in byte_letters() if letter not in model["vocab"]]
         model["vocab"] |= {letter: size + i for i, letter in enumerate(missing)}
-    return json.dumps(described)
+    return described
 
 
 @cache
@@ -179,7 +182,13 @@ def _common() -> tuple[str, ...]:
     return tuple(texts)
 
 
-def check_texts(specials: Sequence[str]) -> list[str]:
-    """The texts on which two tokenizers must agree before one stands for the other; `specials`: tokens of this one, spelled as text."""
+def check_texts(specials: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The texts on which two tokenizers must agree before one stands for the other.
+
+    `specials`: its special tokens, spelled as text; `words`: texts of its tokens, of which every merge and split is made.
+    """
     spelled = [form for name in specials[:80] for form in (name, f"a {name} b", f"a{name}b{name}", name[:-1], name.upper(), f"{name[:3]} {name[3:]}")]
-    return [*_common(), *spelled]
+    some = [word for word in words[:: max(1, len(words) // WORDS)] if "\ufffd" not in word]
+    random.Random(21).shuffle(some)
+    made = [glue.join(some[i : i + 12]) for i in range(0, len(some), 12) for glue in ("", " ")]
+    return [*_common(), *spelled, *made]

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from megatron_r1.config.base import Frozen
-from megatron_r1.data.fast_tokenizer import Gigatoken, Refused, open_fast
+from megatron_r1.data.fast_tokenizer import WORDS, Gigatoken, Refused, check_texts, open_fast
 from megatron_r1.data.long_text import pieces
 from megatron_r1.utils.errors import ArtifactError, DataError, EnvironmentProblem
 from megatron_r1.utils.io import atomic_write_json, atomic_write_text, read_json
@@ -238,7 +238,8 @@ class Tokenizer:
         if wanted == "plain":
             return
         try:
-            self.fast, found = open_fast(self.folder / self.info.file, self.info.backend, self.vocab_size, self.backend.specials(), self.backend.encode)
+            texts = check_texts(self.backend.specials(), [self.backend.decode([i]) for i in range(0, self.vocab_size, max(1, self.vocab_size // WORDS))])
+            self.fast, found = open_fast(self.folder / self.info.file, self.info.backend, self.vocab_size, texts, self.backend.encode)
         except Refused as reason:
             if wanted == "gigatoken":
                 raise EnvironmentProblem(

@@ -1,5 +1,6 @@
-"""Tokenizers brought along: Hugging Face, SentencePiece, and the one inside a package."""
+"""Tokenizers brought along: Hugging Face, SentencePiece, tiktoken, and the one inside a package."""
 
+import base64
 import json
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from corpus_toys import config, line_offsets, make, text, write_jsonl
 from tokenizers import Tokenizer as Fast
 from tokenizers import models, pre_tokenizers, trainers
 
+from megatron_r1.corpus.config import TokenizerConfig
+from megatron_r1.data import tiktoken_ranks
 from megatron_r1.data.packages import fetch
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.utils.errors import ConfigError, DataError, EnvironmentProblem
@@ -76,11 +79,80 @@ def test_sentencepiece(tmp_path, source):
     assert shard.tokens(0).tolist() == [*oracle.encode(text(number)), oracle.eos_id()]
 
 
-@pytest.mark.parametrize("kind", ["huggingface", "sentencepiece"])
-def test_no_such_file(tmp_path, source, kind):
+@pytest.mark.parametrize("settings", [{"kind": "huggingface"}, {"kind": "sentencepiece"}, {"kind": "tiktoken", "encoding": "llama3"}])
+def test_no_such_file(tmp_path, source, settings):
     with pytest.raises(DataError, match="no such file") as error:
-        make(tmp_path / "runs", config(source, tokenizer={"kind": kind, "path": str(tmp_path / "none")}))
+        make(tmp_path / "runs", config(source, tokenizer={**settings, "path": str(tmp_path / "none")}))
     assert "tokenizer.path" in error.value.fix
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """A rank file as tiktoken reads it: the bytes, then what our own trainer merged, in its order."""
+    from megatron_r1.data.bpe import train_bpe
+    from megatron_r1.data.fast_tokenizer import byte_letters
+
+    described = json.loads((train_bpe([text(i) for i in range(30)], 400, tmp_path / "trained").folder / "tokenizer.json").read_text())
+    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    tokens = [bytes([byte]) for byte in range(256)] + [bytes(byte_of[letter] for letter in left + right) for left, right in described["model"]["merges"]]
+    path = tmp_path / "mine.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(dict.fromkeys(tokens))))
+    return path
+
+
+def test_tiktoken_ranks(tmp_path, source, ranks):
+    tiktoken = pytest.importorskip("tiktoken")
+    from tiktoken.load import load_tiktoken_bpe
+
+    given = {"<|begin_of_text|>": 500, "<|end_of_text|>": 501}
+    settings = {"kind": "tiktoken", "path": str(ranks), "pattern": tiktoken_ranks.GPT2, "special_tokens": given}
+    shards = ShardSet.open(make(tmp_path / "runs", config(source, tokenizer=settings)))
+    oracle = tiktoken.Encoding("mine", pat_str=tiktoken_ranks.GPT2, mergeable_ranks=load_tiktoken_bpe(str(ranks)), special_tokens=given)
+    tokenizer = shards.tokenizer
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (500, 501, 502)
+    for words in ("alpha beta 12345 <|end_of_text|> naïve", "aaaaaaaaaaaa  \n\n\t東京"):
+        assert tokenizer.encode(words) == oracle.encode_ordinary(words)
+        assert tokenizer.decode(tokenizer.encode(words)) == words
+    assert tokenizer.info.origin["ids_compared"]["ids"] > 10_000
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tokenizer.folder))
+    assert theirs("alpha beta 12", add_special_tokens=False)["input_ids"] == tokenizer.encode("alpha beta 12")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda lines: ["not base64 7", *lines], "not base64 7"), (lambda lines: lines[1:], "no rank for the byte 0x00"), (lambda lines: [*lines[:-2], lines[-1]], "gaps"),
+        (lambda lines: [*lines, lines[-1]], None),
+    ],
+)
+def test_spoilt_rank_files(tmp_path, ranks, spoil, said):
+    ranks.write_text("\n".join(spoil(ranks.read_text().splitlines())) + "\n")
+    if said is None:
+        assert tiktoken_ranks.read_ranks(ranks)
+        return
+    with pytest.raises(DataError, match=said):
+        tiktoken_ranks.read_ranks(ranks)
+
+
+def test_special_tokens_within_the_ranks(ranks):
+    with pytest.raises(DataError, match="ids of their own"):
+        tiktoken_ranks.convert(ranks, tiktoken_ranks.GPT2, {"<|x|>": 5})
+
+
+def test_a_difference_from_tiktoken_is_an_error(ranks, monkeypatch):
+    tiktoken = pytest.importorskip("tiktoken")
+    real = tiktoken.Encoding
+    # The oracle splits otherwise than the converted tokenizer: as if the conversion of the pattern were wrong.
+    monkeypatch.setattr(tiktoken, "Encoding", lambda name, *, pat_str, **more: real(name, pat_str=r"\S+|\s+", **more))
+    with pytest.raises(DataError, match="tiktoken's ids"):
+        tiktoken_ranks.convert(ranks, tiktoken_ranks.GPT2, {"<|x|>": 500})
+
+
+@pytest.mark.parametrize("more", [{}, {"encoding": "llama3", "pattern": "x"}, {"encoding": "llama3", "special_tokens": {"<a>": 300000}}])
+def test_a_rank_file_needs_to_be_told_how_to_split(more):
+    with pytest.raises(ValueError, match="pattern"):
+        TokenizerConfig(kind="tiktoken", path="x", **more)
 
 
 def test_unknown_package(tmp_path, source):

@@ -1,5 +1,6 @@
 """The fast library: taken only where it gives the plain library's ids, watched while it works, left at the first difference."""
 
+import json
 import random
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_r1.data import fast_tokenizer
 from megatron_r1.data.bpe import SPECIALS
 from megatron_r1.data.fast_tokenizer import SINCE_14, Refused, check_texts, open_fast, unsettled
-from megatron_r1.data.tokenizer import SAMPLED, IdsDiffer, Tokenizer
+from megatron_r1.data.tokenizer import SAMPLED, IdsDiffer, Tokenizer, write_info
 from megatron_r1.utils.errors import EnvironmentProblem
 
 
@@ -42,7 +43,7 @@ def test_it_is_taken_and_recorded(both):
     plain, fast = both
     assert fast.library["library"].startswith("gigatoken ")
     assert fast.library["same_as"] == plain.library["library"]
-    assert fast.library["checked_texts"] == len(check_texts(plain.backend.specials())) > 700
+    assert fast.library["checked_texts"] > 700
 
 
 @given(text=st.text(max_size=60) | st.lists(st.sampled_from(["a", "'LL", " ", "\n", "\t", "12", "é", "e\u0301", "東京", "א", "👩\u200d🚀", "\0", "<|eot_id|>", "\U00016ff4", "__"]), max_size=30).map("".join))
@@ -83,7 +84,7 @@ def test_other_ids_on_the_check_are_refused(folder, monkeypatch, caplog):
     right = fast_tokenizer.Gigatoken
     monkeypatch.setattr(fast_tokenizer, "Gigatoken", lambda *args: Wrong(right(*args), "DON'T"))
     with pytest.raises(Refused, match="other ids"):
-        open_fast(folder / "tokenizer.json", "tokenizers", plain.vocab_size, [], plain.backend.encode)
+        open_fast(folder / "tokenizer.json", "tokenizers", plain.vocab_size, check_texts([], []), plain.backend.encode)
     plain.choose_library("auto")
     assert plain.fast is None
     assert "other ids" in plain.library["reason"]
@@ -124,10 +125,6 @@ def test_what_it_can_not_read(tmp_path):
 def test_a_vocabulary_without_all_bytes(tmp_path):
     """As SmolLM2's: the plain library drops such a byte and joins its neighbours, so it does those texts itself."""
     pytest.importorskip("gigatoken")
-    import json
-
-    from megatron_r1.data.tokenizer import write_info
-
     toy = toy_tokenizer(tmp_path / "whole")
     described = json.loads((toy.folder / "tokenizer.json").read_text())
     letters = fast_tokenizer.byte_letters()
@@ -140,6 +137,22 @@ def test_a_vocabulary_without_all_bytes(tmp_path):
     assert lacking.encode_batch(["th\x04e dog", "the dog"]) == expected
     assert lacking.fast.encode("th\x04e dog") is None
     assert lacking.decode(expected[0]) == "the dog"
+
+
+def test_symbols_that_a_user_defined_are_left_to_the_plain_library(tmp_path):
+    pytest.importorskip("gigatoken")
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "corpus.txt").write_text("\n".join(TEXTS))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=400, hard_vocab_limit=False, byte_fallback=True,
+        user_defined_symbols=["[DOC_1]"], normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )
+    tokenizer = write_info(tmp_path, "tokenizer.model", "sentencepiece", {})
+    texts = ["a fox[DOC_1]jumps", "a fox[DOC_1] jumps over", "a fox jumps [DOC_"]
+    expected = tokenizer.encode_batch(texts)
+    tokenizer.choose_library("gigatoken")
+    assert tokenizer.encode_batch(texts) == expected
+    assert [tokenizer.fast.encode(text) is None for text in texts] == [True, True, False]
 
 
 def test_what_libraries_of_different_age_disagree_on():
