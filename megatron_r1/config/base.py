@@ -45,4 +45,4 @@ def fingerprint(obj: Frozen | dict[str, Any]) -> str:
     """SHA-256 (hex) of the canonical JSON of a record: sorted keys, no white space. Equal settings, equal fingerprint."""
     plain = obj.plain() if isinstance(obj, Frozen) else obj
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -23,6 +23,8 @@ from megatron_r1.config.base import Frozen
 from megatron_r1.utils.errors import ConfigError
 
 Key = tuple[str, ...]
+LARGEST = 100_000
+"""Values in one file: aliases could make billions from a few lines."""
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
@@ -51,9 +53,12 @@ def load(path: Path, find: Callable[[str, Path], Path], _seen: tuple[Path, ...] 
         chain = " -> ".join(item.name for item in (*_seen, path))
         raise ConfigError(expected="recipes that do not extend each other in a circle", found=chain, fix="remove one `extends`")
     own = read_yaml(path)
-    parents = own.data.pop("extends", [])
+    parents = own.data.pop("extends", None) or []
+    names = [parents] if isinstance(parents, str) else parents
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(expected=f"the name of a recipe, or a list of names, at {own.origin(('extends',))}", found=f"extends: {parents!r}"[:200], fix="correct `extends`")
     merged = Layer({})
-    for name in [parents] if isinstance(parents, str) else parents or []:
+    for name in names:
         merged = merge(merged, load(find(name, path.parent), find, (*_seen, path)))
     return merge(merged, own)
 
@@ -65,23 +70,32 @@ def read_yaml(path: Path) -> Layer:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(expected=f"a readable YAML file {path}", found=str(error), fix="check the path; `megatron-r1 recipes` lists the shipped ones") from error
     layer = Layer({})
+    value = parse(text, path.name, layer.origins)
+    if value is not None:
+        if not isinstance(value, dict):
+            raise ConfigError(expected=f"a mapping at the top of {path.name}", found=type(value).__name__, fix="start with `name:` and `steps:`")
+        layer.data = value
+    return layer
+
+
+def parse(text: str, name: str, origins: dict[Key, str], key: Key = ()) -> Any:
+    """The value of a YAML text, the origin of every key noted; None when it is empty. Raises ConfigError."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None:
-            value = _build(node, (), path.name, layer.origins)
-            if not isinstance(value, dict):
-                raise ConfigError(expected=f"a mapping at the top of {path.name}", found=type(value).__name__, fix="start with `name:` and `steps:`")
-            layer.data = value
+        return None if node is None else _build(node, key, name, origins)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path.name}:{mark.line + 1}" if mark else path.name
+        where = f"{name}:{mark.line + 1}" if mark else name
         raise ConfigError(expected=f"valid YAML in {where}", found=str(getattr(error, "problem", error)), fix="check indentation, colons and quotes near that line") from error
-    return layer
+    except RecursionError as error:
+        raise ConfigError(expected=f"YAML of ordinary depth in {name}", found="hundreds of nested brackets, or an alias of itself", fix="write it flat") from error
 
 
 def _build(node: yaml.Node, key: Key, name: str, origins: dict[Key, str]) -> Any:
     if key:
         origins[key] = f"{name}:{node.start_mark.line + 1}"
+    if len(origins) > LARGEST:
+        raise ConfigError(expected=f"at most {LARGEST} values in {name}", found="more (aliases of aliases multiply)", fix="write out what is meant")
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -98,7 +112,12 @@ def _build(node: yaml.Node, key: Key, name: str, origins: dict[Key, str]) -> Any
 
 def _scalar(node: yaml.Node, name: str) -> Any:
     """A plain value. `1e-3` is a number here, as everywhere but in YAML 1.1."""
-    value = yaml.SafeLoader("").construct_object(node)
+    try:
+        value = yaml.SafeLoader("").construct_object(node)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # the library trusts what a tag or a pattern says and trips over impossible dates and numbers
+        raise ConfigError(expected=f"a value at {name}:{node.start_mark.line + 1}", found=f"{str(node.value)[:80]!r} ({type(error).__name__})", fix="put text in quotes") from error
     if isinstance(value, str):
         if node.style is None and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+", value):  # type: ignore[attr-defined]
             return float(value)
@@ -120,25 +139,29 @@ def expand(text: str, where: str) -> str:
 
 def merge(base: Layer, top: Layer) -> Layer:
     """`top` over `base`; neither is changed."""
-    origins = {**base.origins}
-    data = _merge(base.data, top.data, (), origins, top.origins)
-    return Layer(data, origins)
+    replaced: set[Key] = set()
+    data = _merge(base.data, top.data, (), replaced)
+
+    def new(path: Key) -> bool:
+        return any(path[:length] in replaced for length in range(1, len(path) + 1))
+
+    origins = {path: origin for path, origin in base.origins.items() if not new(path)}
+    return Layer(data, origins | {path: origin for path, origin in top.origins.items() if new(path)})
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any], key: Key, origins: dict[Key, str], new: dict[Key, str]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], top: dict[str, Any], key: Key, replaced: set[Key]) -> dict[str, Any]:
+    """The merged mapping; `replaced` takes the keys whose values, with all below them, are those of `top`."""
     result = dict(base)
     for name, value in top.items():
         here = (*key, name)
         old = result.get(name)
         if isinstance(old, dict) and isinstance(value, dict):
-            result[name] = _merge(old, value, here, origins, new)
+            result[name] = _merge(old, value, here, replaced)
         elif isinstance(old, dict) and value is None:
             del result[name]
         else:
             result[name] = value
-            for path in [path for path in origins if path[: len(here)] == here]:
-                del origins[path]
-            origins.update({path: origin for path, origin in new.items() if path[: len(here)] == here})
+            replaced.add(here)
     return result
 
 
@@ -149,9 +172,8 @@ def override(layer: Layer, assignments: Iterable[str]) -> Layer:
         if not sign or not dotted.strip():
             raise ConfigError(expected="an override such as steps.pretrain1.lr.peak=1e-3", found=repr(text), fix="write key=value")
         key = tuple(dotted.strip().split("."))
-        node = yaml.compose(value, Loader=yaml.SafeLoader) if value.strip() else None
         origins: dict[Key, str] = {}
-        built = _build(node, key, "command line", origins) if node is not None else ""
+        built = parse(value, "command line", origins, key) if value.strip() else ""
         data: Any = built
         for part in reversed(key):
             data = {part: data}

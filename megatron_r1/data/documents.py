@@ -24,6 +24,7 @@ from megatron_r1.utils.errors import DataError
 from megatron_r1.utils.io import disk_errors
 
 COLUMNS = ("id", "group", "n_tokens", "n_bytes", "file", "offset")
+NUMBERS = ("n_tokens", "n_bytes", "offset")
 ROWS = 1 << 15
 """Rows of a row group: what a writer holds, and what a reader reads for one document."""
 TOKENIZER = b"tokenizer_sha256"
@@ -130,7 +131,7 @@ class Documents:
         if missing:
             self._wrong(f"the columns {', '.join(COLUMNS)}", f"no column {', '.join(missing)}")
         kinds = [found.field(name).type for name in COLUMNS]
-        if [pa.types.is_integer(kind) for kind in kinds] != [name in ("n_tokens", "n_bytes", "offset") for name in COLUMNS]:
+        if [pa.types.is_integer(kind) for kind in kinds] != [name in NUMBERS for name in COLUMNS]:
             self._wrong(f"text and whole numbers in the columns {', '.join(COLUMNS)}", ", ".join(map(str, kinds)))
         if self._expected not in (None, file.metadata.num_rows):
             self._wrong(f"{self._expected} rows", f"{file.metadata.num_rows}")
@@ -162,10 +163,13 @@ class Documents:
         metadata = self._file.metadata
         return np.cumsum([0, *(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))])
 
-    def group(self, number: int, *columns: str) -> Any:
-        """One row group as a pyarrow Table."""
+    def group(self, number: int, columns: Sequence[str] = COLUMNS) -> list[np.ndarray | list[str]]:
+        """Columns of one row group: text as lists, numbers as int64."""
         with self._parquet():
-            return self._file.read_row_group(number, list(columns or COLUMNS), use_threads=False)
+            table = self._file.read_row_group(number, list(columns), use_threads=False)
+            if any(column.null_count for column in table.columns):
+                self._wrong("a value in every row", "rows without one")
+            return [table[name].to_numpy().astype(np.int64) if name in NUMBERS else table[name].to_pylist() for name in columns]
 
     def column(self, name: str) -> Column:
         """One column as a sequence."""
@@ -178,8 +182,8 @@ class Documents:
             begin, end = int(self.starts[number]), int(self.starts[number + 1])
             stop = min(last, end)
             if stop > first:
-                table = self.group(number).slice(first - begin, stop - first)
-                yield from zip(*(table[name].to_pylist() for name in COLUMNS), strict=True)
+                columns = [column[first - begin : stop - begin] for column in self.group(number)]
+                yield from zip(*(column if isinstance(column, list) else column.tolist() for column in columns), strict=True)
             first, number = stop, number + 1
 
     def row(self, i: int) -> dict[str, Any]:
@@ -203,11 +207,15 @@ class Column(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._documents)
 
+    def _read(self, number: int) -> list[Any]:
+        (found,) = self._documents.group(number, [self._name])
+        return found if isinstance(found, list) else found.tolist()
+
     def _values(self, number: int) -> list[Any]:
         if number not in self._groups:
             while len(self._groups) >= CACHED:
                 del self._groups[next(iter(self._groups))]
-            self._groups[number] = self._documents.group(number, self._name)[self._name].to_pylist()
+            self._groups[number] = self._read(number)
         return self._groups[number]
 
     @overload
@@ -228,7 +236,7 @@ class Column(Sequence[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         for number in range(len(self._documents.starts) - 1):
-            yield from self._documents.group(number, self._name)[self._name].to_pylist()
+            yield from self._read(number)
 
     def take(self, rows: Iterable[int]) -> list[Any]:
         """The values of many rows, in the order asked; each row group is read once."""
@@ -240,7 +248,7 @@ class Column(Sequence[Any]):
 
     def numbers(self) -> np.ndarray:
         """A column of numbers: int64[documents]."""
-        parts = [self._documents.group(number, self._name)[self._name].to_numpy() for number in range(len(self._documents.starts) - 1)]
+        parts = [self._documents.group(number, [self._name])[0] for number in range(len(self._documents.starts) - 1)]
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
 

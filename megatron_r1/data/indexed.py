@@ -404,7 +404,10 @@ class Index:
         if not self.documents:
             return 0
         n = self.documents
-        return int(self._starts(n - 1, n)[0]) // self.dtype.itemsize + int(self._array("<i4", n - 1, n, HEADER.size)[0])
+        start, length = int(self._starts(n - 1, n)[0]), int(self._array("<i4", n - 1, n, HEADER.size)[0])
+        if start < 0 or length < 0:
+            self._wrong("an offset and a length that are not negative", f"{start} and {length} for the last document")
+        return start // self.dtype.itemsize + length
 
     @cached_property
     def lengths(self) -> np.ndarray:

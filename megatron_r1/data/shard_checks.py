@@ -66,7 +66,7 @@ def _artifact(path: Path, verdict: Verdict) -> None:
     chained: dict[str, Shard | R1Error] = {}
     _file(artifact, SOURCES_FILE, verdict)
     if not verdict.damaged:
-        shards = ShardSet(path, artifact.json(SOURCES_FILE))
+        shards = ShardSet(path)
         for source, record in shards.sources.items():
             for split, entry in record.splits.items():
                 if entry.documents:

@@ -22,13 +22,14 @@ from megatron_r1.artifacts.base import MANIFEST, Artifact, Workspace, open_artif
 from megatron_r1.data.documents import ROWS, DocumentsWriter
 from megatron_r1.data.indexed import BlockWriter, IndexWriter, crc_path, suffixed
 from megatron_r1.data.shards import (
-    SCHEMA_VERSION,
     SOURCES_FILE,
     SUFFIXES,
+    Contents,
     Shard,
     ShardSet,
     SourceRecord,
     SplitRecord,
+    TokenizerReference,
     describe,
 )
 from megatron_r1.utils.errors import ConfigError, DataError
@@ -204,13 +205,13 @@ def merge_artifacts(inputs: Sequence[Path], output: Path, force: bool = False) -
             count, listed = count + number, [*listed, *({"source": name, **entry} for entry in found)]
         with disk_errors(work.path), open(work.path / COLLISIONS_FILE, "w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in listed)
-        contents = [item.content for item in sets]
-        atomic_write_json(work.path / SOURCES_FILE, {
-            "schema_version": SCHEMA_VERSION, "tokenizer": contents[0].get("tokenizer", {"sha256": sets[0].tokenizer.sha256}), "sources": {name: record.plain() for name, record in records.items()},
-            "missing": _distinct(entry for item in sets for entry in item.missing if entry.get("name") not in records),
-            "control_groups": sorted({group for item in sets for group in item.control_groups}),
-            "decontaminated": _distinct(entry for content in contents for entry in content.get("decontaminated", [])),
-        })
+        tokenizer = sets[0].tokenizer
+        atomic_write_json(work.path / SOURCES_FILE, Contents(
+            tokenizer=sets[0].contents.tokenizer or TokenizerReference(sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size), sources=records,
+            missing=_distinct(entry for item in sets for entry in item.missing if entry.get("name") not in records),
+            control_groups=sorted({group for item in sets for group in item.control_groups}),
+            decontaminated=_distinct(entry for item in sets for entry in item.contents.decontaminated),
+        ).plain())
         done({
             "sources": {name: {split: {"documents": entry.documents, "tokens": entry.tokens, "bytes": entry.bytes} for split, entry in record.splits.items()} for name, record in records.items()},
             "colliding_ids": count,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from megatron_r1.artifacts.base import Artifact
 from megatron_r1.config.base import Frozen
@@ -43,10 +43,10 @@ SCHEMA_VERSION = 2
 class SplitRecord(Frozen):
     """One split of one source."""
 
-    documents: int = Field(description="documents")
-    tokens: int = Field(description="tokens, end-of-text tokens included")
-    bytes: int = Field(description="UTF-8 bytes of the text the tokens stand for (what bits per byte divide by)")
-    files: dict[str, list[int]] = Field(default_factory=dict, description="suffix -> [bytes, CRC-32 of its .crc file, which has the CRC-32 of every block; -1: no such file]")
+    documents: int = Field(ge=0, description="documents")
+    tokens: int = Field(ge=0, description="tokens, end-of-text tokens included")
+    bytes: int = Field(ge=0, description="UTF-8 bytes of the text the tokens stand for (what bits per byte divide by)")
+    files: dict[str, tuple[int, int]] = Field(default_factory=dict, description="suffix -> [bytes, CRC-32 of its .crc file, which has the CRC-32 of every block; -1: no such file]")
 
 
 class SourceRecord(Frozen):
@@ -76,6 +76,36 @@ def describe(prefix: Path, bytes: int, fix: str = AGAIN) -> SplitRecord:
             files[suffix] = [path.stat().st_size, zlib.crc32(crc_path(path).read_bytes()) if crc_path(path).is_file() else NO_SUMS]
     index = Index(suffixed(prefix, ".idx"), fix=fix)
     return SplitRecord(documents=index.documents, tokens=index.tokens, bytes=bytes, files=files)
+
+
+class TokenizerReference(Frozen):
+    """The tokenizer a ShardSet was made with, and what its makers noted about it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    sha256: str = Field(description="hex SHA-256 of its file")
+    vocab_size: int | None = Field(None, description="largest id + 1")
+
+
+class Contents(Frozen):
+    """sources.json. Keys of later releases of this format are left alone."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    schema_version: int = Field(SCHEMA_VERSION, description="format of this record and the files it describes; another one is refused: make the shards again")
+    tokenizer: TokenizerReference | None = Field(None, description="the tokenizer the shards were made with")
+    sources: dict[str, SourceRecord] = Field(description="source -> what it holds, in the order of the recipe")
+    missing: list[dict[str, str]] = Field(default_factory=list, description="corpora that could not be had: name, reason, fix")
+    control_groups: list[str] = Field(default_factory=list, description="groups kept out of everything but the split control")
+    decontaminated: list[dict[str, Any]] = Field(default_factory=list, description="evaluation sets whose items were removed, with what was found")
+
+    @field_validator("sources")
+    @classmethod
+    def _names_are_folders(cls, sources: dict[str, SourceRecord]) -> dict[str, SourceRecord]:
+        for name in sources:
+            if not name or len(name.encode("utf-8", "replace")) > 200 or name.startswith(".") or any(char in "/\\" or not char.isprintable() for char in name):
+                raise ValueError(f"{name[:200]!r} is no name for a source's folder")
+        return sources
 
 
 class Shard:
@@ -294,11 +324,20 @@ class ShardSet:
     sources: name -> SourceRecord, in the order of the recipe; missing: [{"name", "reason"}] of corpora that could not be had.
     """
 
-    def __init__(self, path: Path, content: dict[str, Any]) -> None:
-        self.path, self.content = path, content
-        self.sources: dict[str, SourceRecord] = {name: SourceRecord.model_validate(record) for name, record in content["sources"].items()}
-        self.missing: list[dict[str, str]] = content.get("missing", [])
-        self.control_groups: list[str] = content.get("control_groups", [])
+    def __init__(self, path: Path) -> None:
+        self.path, file = path, path / SOURCES_FILE
+        content = read_json(file)
+        version = content.get("schema_version", SCHEMA_VERSION) if isinstance(content, dict) else SCHEMA_VERSION
+        if version != SCHEMA_VERSION:
+            raise ArtifactError(expected=f"shards of format {SCHEMA_VERSION} in {file}", found=f"format {str(version)[:20]}, of another release", fix=AGAIN)
+        try:
+            self.contents = Contents.model_validate(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ArtifactError(
+                expected=f"the sources of a ShardSet in {file}", found=f"ValidationError: {'.'.join(map(str, first['loc']))[:200]}: {first['msg'][:400]}", fix=AGAIN
+            ) from error
+        self.sources, self.missing, self.control_groups = dict(self.contents.sources), self.contents.missing, self.contents.control_groups
         self._shards: dict[tuple[str, str], Shard] = {}
 
     @classmethod
@@ -310,19 +349,11 @@ class ShardSet:
             path = artifact.path
         else:
             path = Path(artifact)
-        try:
-            content = read_json(path / SOURCES_FILE)
-            version = content.get("schema_version", SCHEMA_VERSION)
-            if version != SCHEMA_VERSION:
-                raise ArtifactError(expected=f"shards of format {SCHEMA_VERSION} in {path}", found=f"format {version}, of another release", fix=AGAIN)
-            shards = cls(path, content)
-        except (KeyError, TypeError, AttributeError, ValidationError) as error:
-            raise ArtifactError(expected=f"the sources of a ShardSet in {path / SOURCES_FILE}", found=f"{type(error).__name__}: {error}", fix=AGAIN) from error
-        found = shards.tokenizer.sha256
-        wanted = shards.content.get("tokenizer", {}).get("sha256", found)
-        if found != wanted:
+        shards = cls(path)
+        found, wanted = shards.tokenizer.sha256, shards.contents.tokenizer
+        if wanted is not None and found != wanted.sha256:
             raise DataError(
-                expected=f"the tokenizer these shards were made with (SHA-256 {wanted[:16]}...) in {path / 'tokenizer'}", found=f"SHA-256 {found[:16]}...",
+                expected=f"the tokenizer these shards were made with (SHA-256 {wanted.sha256[:16]}...) in {path / 'tokenizer'}", found=f"SHA-256 {found[:16]}...",
                 fix="restore the tokenizer folder, or " + AGAIN,
             )
         return shards

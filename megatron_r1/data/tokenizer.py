@@ -48,7 +48,7 @@ class TokenizerInfo(Frozen):
 
     schema_version: int = Field(1, description="version of this record's format")
     backend: Literal["tokenizers", "sentencepiece"] = Field(description="library that reads the file")
-    file: str = Field(description="name of the tokenizer file in the folder")
+    file: str = Field(pattern=r"^[^/\\\x00]{1,100}$", description="name of the tokenizer file in the folder")
     sha256: str = Field(description="hex SHA-256 of that file")
     vocab_size: int = Field(gt=0, description="largest id + 1: rows the embedding needs")
     bos_id: int | None = Field(None, description="id that begins a text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -79,12 +80,12 @@ def shipped() -> dict[str, Path]:
 def find_recipe(name: str, folder: Path) -> Path:
     """A file beside `folder`, a file in the working directory, or a shipped recipe. Raises ConfigError."""
     for candidate in (folder / name, Path(name)):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # False, not an error, for names no file can have
             return candidate
     if name in shipped():
         return shipped()[name]
     inside = Path(str(resources.files("megatron_r1.recipes"))) / name
-    if inside.is_file():
+    if os.path.isfile(inside):
         return inside
     raise ConfigError(expected="a recipe file or the name of a shipped recipe", found=repr(name), fix=nearest(name, shipped()))
 
@@ -114,7 +115,7 @@ def _step(step: str, settings: Any, seed: int, layer: Layer) -> StageConfig:
         raise ConfigError(expected=f"a step name of letters, digits, _ and -, at {where}", found=repr(step), fix="rename the step")
     if not isinstance(settings, dict) or "stage" not in settings:
         raise ConfigError(expected=f"a mapping with `stage:` for the step {step!r}, at {where}", found=repr(settings), fix=f"stage: one of {', '.join(STAGES)}")
-    if settings["stage"] not in STAGES:
+    if not isinstance(settings["stage"], str) or settings["stage"] not in STAGES:
         raise ConfigError(expected=f"a known stage, at {where}", found=repr(settings["stage"]), fix=nearest(str(settings["stage"]), STAGES))
     config = validate(STAGES[settings["stage"]].config, settings, layer, ("steps", step))
     return config if config.seed is not None else config.model_copy(update={"seed": seed})

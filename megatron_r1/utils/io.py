@@ -83,7 +83,7 @@ def read_json(path: Path | str) -> Any:
         raise ArtifactError(
             expected=f"a file {path}", found="no such file", fix="run the stage that writes it, or check the path"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of thousands of digits, thousands of brackets
         raise ArtifactError(
             expected=f"JSON in {path}",
             found=f"damaged content ({error})",
