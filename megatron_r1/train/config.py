@@ -83,10 +83,11 @@ class CheckpointsConfig(Frozen):
 
 
 class ValidationConfig(Frozen):
-    """Loss on held-out text per capability and per domain, on the same tokens every time."""
+    """Loss on held-out text per capability, domain and source, on the same tokens every time."""
 
-    every: Every | None = Field(None, description="how often the probe curves are measured besides the first and last step (the test curves only there)")
-    tokens: Tokens = Field(Tokens(16384), description="at most this many tokens per curve (capability or domain, and split); '0 tokens' turns it off")
+    every: Every | None = Field(None, description="how often the probe and source curves are measured besides the first and last step (the test curves only there)")
+    tokens: Tokens = Field(Tokens(16384), description="at most this many tokens per curve (capability or domain, and split); '0 tokens' turns validation off")
+    source_tokens: Tokens = Field(Tokens(2048), description="at most this many tokens of the probe split of each source with a share (curves source/<name>); '0 tokens': none")
 
 
 class RankMeConfig(Frozen):

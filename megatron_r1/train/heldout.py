@@ -138,6 +138,13 @@ def validation_documents(shards: Any, probe: ProbeSet | None, tokens: int, seq_l
     return chosen
 
 
+def source_documents(shards: Any, sources: Iterable[str], tokens: int, seq_length: int, seed: int) -> list[Document]:
+    """Documents of the curves `source/<name>`, at most `tokens` targets each: from the probe split of every one of `sources`, whatever it is."""
+    return [
+        document for name in sources if tokens for document in _take(_documents(shards, name, "probe", f"source/{name}", seed), tokens, seq_length)
+    ]
+
+
 def rankme_documents(shards: Any, samples: int, seq_length: int, seed: int) -> tuple[list[Document], np.ndarray]:
     """`samples` held-out documents (probe split, all sources but distractors in turn; fewer if there are not as many) and one
     random token of each, never the first: positions int64[n]. The documents are cut behind that token, which causal

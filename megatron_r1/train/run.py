@@ -81,7 +81,7 @@ def run(config: TrainConfig, inputs: Inputs, work: Workspace) -> Artifact:
         io.atomic_write_json(work.path / MODEL_FILE, model.plain())
     scores = make_scores(config, chunks, shards, one, data, work, ctx)
     objective = scores.objective if scores else make_objective(config, model, one.get("reference") or one.get("teacher"), shards, data, total, work, ctx)
-    callbacks = make_callbacks(config, model, shards, one.get("probe"), total, work, scores)
+    callbacks = make_callbacks(config, model, shards, one.get("probe"), data.sources, total, work, scores)
     trainer = Trainer(config, ctx, work.path, chunks, optimizer, objective, data, total, callbacks, work.name)
     describe_start(trainer, model, parent)
     path = newest_complete(work.path, ctx, checkpoint.verify)
@@ -202,13 +202,13 @@ def make_scores(
 
 
 def make_callbacks(
-    config: TrainConfig, model: ModelConfig, shards: ShardSet, probe: Artifact | None, total: int, work: Workspace, scores: Scores | None = None
+    config: TrainConfig, model: ModelConfig, shards: ShardSet, probe: Artifact | None, sources: Sequence[str], total: int, work: Workspace, scores: Scores | None = None
 ) -> list[Callback]:
     """Measuring, then recording, then saving: the order is part of the meaning."""
     length, seed = int(config.seq_length), config.seed or 0
     callbacks: list[Callback] = []
     if config.validation.tokens:
-        callbacks.append(Validation(config.validation, shards, None if probe is None else load_probe(probe), length, seed))
+        callbacks.append(Validation(config.validation, shards, None if probe is None else load_probe(probe), sources, length, seed))
     if config.rankme.samples:
         callbacks.append(RankMe(config.rankme, shards, model.hidden_size, length, seed))
     callbacks += [scores] if scores else []

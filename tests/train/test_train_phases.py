@@ -182,6 +182,17 @@ def test_artifact_and_losses_are_what_a_reader_computes(shards, first):
             count += len(opened.tokenizer.decode(body).encode())
     assert targets == 200
     assert texts
+    # Every source of the mixture has a curve of its own, over its own held-out documents.
+    from megatron_r1.train.heldout import source_documents
+
+    assert {name for name in last["validation"] if name.startswith("source/")} == {"source/alpha", "source/beta", "source/gamma"}
+    alpha = source_documents(opened, ["alpha"], 2048, 32, 7)
+    held = {tuple(opened.split("alpha", "probe").tokens(i).tolist()[: len(d.tokens)]) for i in range(len(opened.split("alpha", "probe"))) for d in alpha}
+    assert {tuple(document.tokens.tolist()) for document in alpha} <= held
+    with torch.no_grad():
+        losses = [token_losses(model, {"tokens": ids[:, :-1], "labels": ids[:, 1:]}) for ids in (torch.from_numpy(d.tokens.astype(np.int64))[None] for d in alpha)]
+    assert last["validation"]["source/alpha"] == pytest.approx(float(torch.cat(losses, 1).mean()), rel=1e-5)
+    assert "source/alpha" in last["bits_per_byte"]
     assert last["validation"]["test/code"] == pytest.approx(nats / targets, rel=1e-5)
     assert last["bits_per_byte"]["test/code"] == pytest.approx(nats / np.log(2) / count, rel=1e-5)
 
