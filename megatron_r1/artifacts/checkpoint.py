@@ -7,7 +7,7 @@
     metrics.jsonl     one record per logged step
     scores/           scores of documents made while training (optional; artifacts/training_scores.py)
     ledger.jsonl      one record per step: which samples, from which sources
-    views/<hash>.npy  lists of documents the cursors refer to, one bit per document (optional)
+    views/<source>-<hash>.npy  lists of documents the cursors refer to, one bit per document (optional)
     tensorboard/      the same metrics as event files (optional)
 """
 
@@ -56,7 +56,7 @@ class DomainWeights(Frozen):
 class Leg(Frozen):
     """A part of a source's running epoch that was read with one list of documents and one sequence length."""
 
-    view: str = Field("", description="hash of the list of documents that were read (views/<hash>.npy); empty: all documents")
+    view: str = Field("", description="hash of the list of documents that were read (views/<source>-<hash>.npy); empty: all documents")
     seq_length: int = Field(gt=0, description="tokens per sequence")
     blocks: int = Field(ge=0, description="blocks this leg would have had to its end")
     taken: int = Field(ge=0, description="of these, blocks consumed")

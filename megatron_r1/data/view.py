@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -40,8 +41,6 @@ class TokenStream:
         self.shard = shard
         self.documents: np.ndarray | None = None
         """Number in the shard of the document of every piece; None: the whole shard as it is."""
-        self.offsets = shard.offsets
-        """First token of every piece in the stream, and the end: int64[pieces + 1]."""
         self._repeated: np.ndarray | None = None
         if keep is None and consumed is None:
             return
@@ -53,12 +52,17 @@ class TokenStream:
             self._repeated = starts > shard.offsets[documents]
             starts = starts - self._repeated
         self.documents, self._starts = documents, starts
-        self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(ends - starts, dtype=np.int64)])
+        self.__dict__["offsets"] = np.concatenate([np.zeros(1, np.int64), np.cumsum(ends - starts, dtype=np.int64)])
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """First token of every piece in the stream, and the end: int64[pieces + 1]. Of a whole shard they are first read when a window is."""
+        return self.shard.offsets
 
     @property
     def n_tokens(self) -> int:
         """Tokens in the stream."""
-        return int(self.offsets[-1])
+        return self.shard.n_tokens if self.documents is None else int(self.offsets[-1])
 
     @property
     def n_fresh(self) -> int:
