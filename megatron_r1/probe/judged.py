@@ -5,7 +5,7 @@ Each asks only about what the one before left, so the expensive ones read a smal
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,8 @@ class Sieving:
         """Drop windows that mean the same as a better one of any source, then keep the best of each source."""
         judge = self._judge()
         asked = {"embedding": 1, **self._identity()}
-        embeddings = self.store.of("semantic", asked, _windows(sieves), lambda rows: judge.embed(self._texts(sieves, rows)))
+        pool = Pool(sieves)
+        embeddings = self.store.of("semantic", asked, pool.windows, lambda rows: judge.embed(self._texts(pool, rows)))
         fresh = distinct(embeddings, np.concatenate([sieve.score for sieve in sieves]), rule.cosine)
         for sieve, passed in zip(sieves, split(fresh, sieves)):
             sieve.keep("semantic duplicates", passed, "raise rules.semantic.cosine", f"cosine <= {rule.cosine:g}")
@@ -92,20 +93,18 @@ class Sieving:
         log.info("probe: %s, %s: %s%s", name, sieve.source, threshold, f" (relaxed: {relaxed})" if relaxed else "")
 
     def _quality(self, sieves: Sequence[SourceSieve]) -> np.ndarray:
-        rule = self.config.rules.quality
+        rule, pool = self.config.rules.quality, Pool(sieves)
         assert rule is not None
         if rule.classifier is not None:
             published = Published(rule.classifier, self.ctx.device)
             self.found.quality = QualityRecord(kind="published", name=published.model.name_or_path.rstrip("/").rsplit("/", 1)[-1], sha256=published.sha256)
             asked = {"classifier": published.sha256, "tokenizer": self.shards.tokenizer.sha256}
-            return self.store.of("quality", asked, _windows(sieves), lambda rows: published.scores(self._texts(sieves, rows)))
-        rows = _evenly(sieves, rule.labels)
-        answers = self._ask_rows("quality labels", sieves, rows, Question(rule.question, ("quality",)))
+            return self.store.of("quality", asked, pool.windows, lambda rows: published.scores(self._texts(pool, rows)))
+        rows = pool.evenly(rule.labels)
+        answers = self._ask_rows("quality labels", pool, rows, Question(rule.question, ("quality",)))
         labels = np.log(np.clip(answers, 1e-9, 1)) - np.log(np.clip(1 - answers, 1e-9, 1))
-        owner, place = _places(sieves)
-        windows = (sieves[owner[row]].window(place[row]) for row in rows)
         fold = generator(self.config.seed or 0, "quality folds").permutation(len(rows)) % FOLDS
-        trained = train(features(windows, len(rows)), labels, fold)
+        trained = train(features(pool.tokens(rows), len(rows)), labels, fold)
         self.found.quality = QualityRecord(
             kind="trained", name="ridge regression of the judge's log-odds on hashed token 1- and 2-grams", labels=len(rows), ridge=trained.ridge,
             pearson=trained.pearson, spearman=trained.spearman,
@@ -132,33 +131,32 @@ class Sieving:
 
     def _ask(self, name: str, sieves: Sequence[SourceSieve], questions: Mapping[str, Question]) -> np.ndarray:
         """The judge's scores for every candidate, [N]: those of sources with the same question together."""
-        owner, _ = _places(sieves)
-        scores = np.zeros(len(owner))
+        pool = Pool(sieves)
+        scores = np.zeros(len(pool))
         for question in dict.fromkeys(questions.values()):
-            rows = np.flatnonzero([questions[sieves[o].source] == question for o in owner])
+            rows = np.flatnonzero(np.array([questions[sieve.source] == question for sieve in sieves])[pool.owner])
             label = name if name != "domain" else f"domain {' or '.join(question.names)}"
-            scores[rows] = self._ask_rows(label, sieves, rows, question)
+            scores[rows] = self._ask_rows(label, pool, rows, question)
         return scores
 
-    def _ask_rows(self, label: str, sieves: Sequence[SourceSieve], rows: np.ndarray, question: Question) -> np.ndarray:
+    def _ask_rows(self, label: str, pool: Pool, rows: np.ndarray, question: Question) -> np.ndarray:
         judge = self._judge()
         asked = {"question": [question.text, *question.names], **self._identity()}
-        windows = _windows(sieves)[rows]
         if judge.rate() > 0:
-            tokens = self._tokens(sieves, rows) + len(rows) * judge.overhead(question)
+            tokens = self._shown(pool.sizes[rows]) + len(rows) * judge.overhead(question)
             seconds = tokens / judge.rate() / self.ctx.data_size
             log.info("probe: %s: %d documents, about %s tokens, at most %s at the %s tokens/s measured", label, len(rows), human(tokens), duration(seconds), human(judge.rate()))
-        return self.store.of(label, asked, windows, lambda part: judge.ask(self._texts(sieves, rows[part]), [question])[0][:, 0])
+        return self.store.of(label, asked, pool.windows[rows], lambda part: judge.ask(self._texts(pool, rows[part]), [question])[0][:, 0])
 
     def _plan(self, sieves: Sequence[SourceSieve]) -> None:
         """What the models will read, at most, before they do."""
-        rules, every = self.config.rules, np.arange(sum(len(sieve) for sieve in sieves))
-        tokens = self._tokens(sieves, every) / max(len(every), 1)
+        rules, sizes = self.config.rules, np.concatenate([sieve.size for sieve in sieves])
+        tokens = self._shown(sizes) / len(sizes)
         counts, said = {sieve.source: len(sieve) for sieve in sieves}, []
         if rules.quality is not None and rules.quality.classifier is not None:
             said.append(f"the quality classifier {sum(counts.values()):,} documents of up to {CLASSIFIER_TOKENS} tokens")
         elif rules.quality is not None:
-            said.append(f"the judge {min(rules.quality.labels, len(every)):,} documents for labels")
+            said.append(f"the judge {min(rules.quality.labels, len(sizes)):,} documents for labels")
             counts = {source: min(n, rules.quality.fewest) for source, n in counts.items()}
         for name in ("reasoning", "domain"):
             rule = getattr(rules, name)
@@ -186,9 +184,9 @@ class Sieving:
             questions={name: question.text for name, question in questions.items()}, examples=len(config.judge.examples), checks=[],
         )
         if questions:
-            rows = _evenly(sieves, config.judge.checked)
-            owner, _ = _places(sieves)
-            texts = self._texts(sieves, rows)
+            pool = Pool(sieves)
+            rows = pool.evenly(config.judge.checked)
+            texts = self._texts(pool, rows)
             rng = generator(config.seed or 0, "judge check")
             shuffled = [" ".join(rng.permutation(text.split())) for text in texts]
 
@@ -196,7 +194,7 @@ class Sieving:
                 """question -> [n, 2]: score, and p of both answers together"""
                 key = {"check": label, "questions": [[question.text, *question.names] for question in asked.values()], **self._identity()}
                 found = self.store.of(
-                    f"check {label}", key, _windows(sieves)[rows], lambda part: np.stack(judge.ask([whose[i] for i in part], list(asked.values())), -1)
+                    f"check {label}", key, pool.windows[rows], lambda part: np.stack(judge.ask([whose[i] for i in part], list(asked.values())), -1)
                 )
                 return {name: found[:, q] for q, name in enumerate(asked)}
 
@@ -204,7 +202,7 @@ class Sieving:
             mixed = measure("shuffled", shuffled, {name: questions[name] for name in against_shuffled}) if against_shuffled else {}
             checks = [_compared(f"{name}: documents against their own words in random order", real[name], mixed[name]) for name in against_shuffled]
             for capability in config.capabilities if rules.domain is not None else ():
-                inside = np.array([capability in self.members[sieves[o].source] for o in owner[rows]])
+                inside = np.array([capability in self.members[sieves[o].source] for o in pool.owner[rows]])
                 if inside.any() and not inside.all():
                     found = real[f"domain {capability}"]
                     checks.append(_compared(f"domain {capability}: documents of its sources against those of the others", found[inside], found[~inside]))
@@ -227,20 +225,16 @@ class Sieving:
         shown = self.config.judge.model_dump(mode="json", include={"template", "examples", "tokens", "batch"})
         return {**shown, "precision": self.config.judge.model.precision, "sha256": self._judge().sha256, "tokenizer": self.shards.tokenizer.sha256}
 
-    def _tokens(self, sieves: Sequence[SourceSieve], rows: np.ndarray) -> int:
+    def _shown(self, sizes: np.ndarray) -> int:
         """Tokens of windows as far as they are shown, counted in the shards' own."""
-        sizes = np.concatenate([sieve.size for sieve in sieves])[rows]
         return int(np.minimum(sizes, self.config.judge.tokens if self.config.judge is not None else CLASSIFIER_TOKENS).sum())
 
-    def _texts(self, sieves: Sequence[SourceSieve], rows: np.ndarray) -> list[str]:
+    def _texts(self, pool: Pool, rows: np.ndarray) -> list[str]:
         """Text of windows, by their numbers over all sources. Half characters at the edges are cut off."""
-        info, (owner, place) = self.shards.tokenizer.info, _places(sieves)
+        info = self.shards.tokenizer.info
         special = [i for i in (info.bos_id, info.eos_id, info.pad_id, *info.chat_ids.values()) if i is not None]
-        found = []
-        for row in rows:
-            tokens = sieves[owner[row]].window(place[row])
-            found.append(self.shards.tokenizer.decode(tokens[~np.isin(tokens, special)].tolist()).strip("\ufffd"))
-        return found
+        decode = self.shards.tokenizer.decode
+        return [decode(tokens[~np.isin(tokens, special)].tolist()).strip("\ufffd") for tokens in pool.tokens(rows)]
 
 
 def _compared(name: str, first: np.ndarray, second: np.ndarray) -> JudgeCheck:
@@ -249,20 +243,30 @@ def _compared(name: str, first: np.ndarray, second: np.ndarray) -> JudgeCheck:
     return JudgeCheck(name=name, auc=value, low=low, high=high, first=len(first), second=len(second), answered=float(np.concatenate([first, second])[:, 1].mean()))
 
 
-def _places(sieves: Sequence[SourceSieve]) -> tuple[np.ndarray, np.ndarray]:
-    """(number of its source, place among that source's) of every candidate, each int64 [N]."""
-    owner = np.repeat(np.arange(len(sieves)), [len(sieve) for sieve in sieves])
-    return owner, np.concatenate([np.arange(len(sieve)) for sieve in sieves])
+class Pool:
+    """The candidates of all sources as they are now, end to end. `windows` int64 [N, 4]: number of the source, document, first token,
+    tokens, which tell one from another; `owner` int64 [N]: number of the source."""
 
+    def __init__(self, sieves: Sequence[SourceSieve]) -> None:
+        self._shards = [sieve.shard for sieve in sieves]
+        self._place = np.concatenate([sieve.place for sieve in sieves])
+        self.owner = np.repeat(np.arange(len(sieves)), [len(sieve) for sieve in sieves])
+        self.windows = np.stack([self.owner, *(np.concatenate([getattr(sieve, column) for sieve in sieves]) for column in ("index", "start", "size"))], 1)
 
-def _windows(sieves: Sequence[SourceSieve]) -> np.ndarray:
-    """int64 [N, 4]: number of the source, document, first token, tokens."""
-    owner, _ = _places(sieves)
-    return np.stack([owner, *(np.concatenate([getattr(sieve, column) for sieve in sieves]) for column in ("index", "start", "size"))], 1)
+    def __len__(self) -> int:
+        return len(self.owner)
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of every window, int64 [N]."""
+        return self.windows[:, 3]
 
-def _evenly(sieves: Sequence[SourceSieve], count: int) -> np.ndarray:
-    """Numbers of about `count` candidates, as many of each source as there are: the first of each in keyed order."""
-    owner, place = _places(sieves)
-    order = np.lexsort((owner, place))  # the first of every source, then the second of every source, ...
-    return np.sort(order[:count])
+    def tokens(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Tokens of some windows, one after the other."""
+        return (np.asarray(self._shards[self.owner[row]].read(int(self._place[row]), int(self.sizes[row]))) for row in rows)
+
+    def evenly(self, count: int) -> np.ndarray:
+        """Numbers of `count` candidates (or all), as many of each source as there are: the first of each in keyed order."""
+        first = np.searchsorted(self.owner, self.owner)  # of the same source
+        order = np.lexsort((self.owner, np.arange(len(self)) - first))  # the first of every source, then the second of every source, ...
+        return np.sort(order[:count])
