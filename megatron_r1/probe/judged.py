@@ -25,6 +25,7 @@ from megatron_r1.utils.seeding import generator
 from megatron_r1.utils.statistics import auc
 
 FOLDS = 5
+CLASSIFIER_PART = 1024  # a classifier reads millions
 WEAK = 0.5
 log = get_logger(__name__)
 
@@ -99,7 +100,7 @@ class Sieving:
             published = Published(rule.classifier, self.ctx.device)
             self.found.quality = QualityRecord(kind="published", name=published.model.name_or_path.rstrip("/").rsplit("/", 1)[-1], sha256=published.sha256)
             asked = {"classifier": published.sha256, "tokenizer": self.shards.tokenizer.sha256}
-            return self.store.of("quality", asked, pool.windows, lambda rows: published.scores(self._texts(pool, rows)))
+            return self.store.of("quality", asked, pool.windows, lambda rows: published.scores(self._texts(pool, rows)), CLASSIFIER_PART)
         rows = pool.evenly(rule.labels)
         answers = self._ask_rows("quality labels", pool, rows, Question(rule.question, ("quality",)))
         labels = np.log(np.clip(answers, 1e-9, 1)) - np.log(np.clip(1 - answers, 1e-9, 1))

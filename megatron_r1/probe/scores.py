@@ -18,8 +18,8 @@ from megatron_r1.config.base import fingerprint
 from megatron_r1.utils.io import atomic_write_bytes
 from megatron_r1.utils.logging import progress
 
-PART = 128
-"""Windows of a part: what a kill can cost."""
+PART = 32
+"""Windows of a part: what a kill can cost. Seconds, for a judge on two cores."""
 
 
 class Together(Protocol):
@@ -37,14 +37,15 @@ class Scores:
     def __init__(self, folder: Path, together: Together) -> None:
         self.folder, self.together = folder, together
 
-    def of(self, label: str, asked: Any, windows: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def of(self, label: str, asked: Any, windows: np.ndarray, compute: Callable[[np.ndarray], np.ndarray], part_size: int | None = None) -> np.ndarray:
         """What `compute` says of every window, [n, ...]. Collective.
 
         asked: JSON-able, everything besides the windows that the numbers depend on. windows int64 [n, k]: what tells a window from
         another. compute: numbers of windows -> [those, ...], for one part at a time; not called for parts that are there.
         """
         key = fingerprint({"asked": asked})[:16]
-        parts = [np.arange(first, min(first + PART, len(windows))) for first in range(0, len(windows), PART)]
+        size = part_size or PART
+        parts = [np.arange(first, min(first + size, len(windows))) for first in range(0, len(windows), size)]
         files = [self.folder / label.replace(" ", "_") / f"{key}-{hashlib.sha256(np.ascontiguousarray(windows[part]).tobytes()).hexdigest()[:24]}.npy" for part in parts]
         with progress(f"probe: {label}", len(windows), "documents") as bar:
             for first in range(0, len(parts), self.together.data_size):
