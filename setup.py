@@ -131,6 +131,8 @@ setup(
         "train": ["torch>=2.11", "megatron-core>=0.16.1,<0.20"],
         # Tokenises some fifty times faster where its ids are the plain library's; tiktoken proves the import of its rank files.
         "fast": ["gigatoken>=0.10,<0.11", "tiktoken>=0.12"],
+        # The corpus stage on many machines (tools/preprocess_cluster.py).
+        "cluster": ["datatrove>=0.10", "ray>=2.40"],
         "gpu": ["transformer-engine[pytorch]", "nvidia-dali-cuda120"],
         "tests": requirements("tests.txt"),
     },

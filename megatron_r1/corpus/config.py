@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_r1.config.base import Frozen, StageConfig, StepName
+from megatron_r1.config.base import HOW, Frozen, StageConfig, StepName
 from megatron_r1.config.units import Bytes, Samples, Tokens
 
 Domain = Literal["code", "math", "knowledge", "web", "chat", "science", "noise"]
@@ -148,7 +148,7 @@ class CorpusConfig(StageConfig):
     prepend_bos: bool = Field(False, description="begin every text document with the begin-of-text token (as the original's loader does)")
     max_bad_ratio: float = Field(0.01, ge=0, le=1, description="share of bad input per source (invalid JSON or UTF-8, empty, field missing) above which the step fails; it is quarantined in any case")
     workers: int | None = Field(
-        None, gt=0, description="processes that share the work, one core each; by default all cores, and for less than 256 MB of input the threads of one process"
+        None, gt=0, json_schema_extra=HOW, description="processes that share the work, one core each; by default all cores, and for less than 256 MB of input the threads of one process"
     )
 
     @model_validator(mode="after")

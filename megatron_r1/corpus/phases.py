@@ -28,6 +28,7 @@ import numpy as np
 from megatron_r1.artifacts.base import open_artifact
 from megatron_r1.corpus import assemble, decide, duplicates, tokenizers
 from megatron_r1.corpus.assemble import Layout
+from megatron_r1.corpus.config import CorpusConfig
 from megatron_r1.corpus.extract import extract
 from megatron_r1.corpus.plan import Job, Unit
 from megatron_r1.corpus.scratch import documents
@@ -41,6 +42,14 @@ from megatron_r1.utils.logging import get_logger
 
 log = get_logger("corpus")
 PHASES = ("extract", *duplicates.SEARCHES, "decide", "tokenizer", "tokenise", "measure", "assemble", "finish")
+def phases(config: CorpusConfig) -> list[str]:
+    """Those that these settings need, in order."""
+    needless = {
+        "ids": all(source.id_field is None for source in config.sources.values()), "near": config.near_duplicates is None, "measure": not config.shuffle,
+    }
+    return [phase for phase in PHASES if not needless.get(phase)]
+
+
 SHORT = 4096
 """Characters of the pieces that long texts are cut into for training a tokenizer."""
 

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_r1.artifacts.base import Artifact, Workspace
 from megatron_r1.corpus import assemble
 from megatron_r1.corpus.config import CorpusConfig
-from megatron_r1.corpus.phases import PHASES, Desk, Task
+from megatron_r1.corpus.phases import Desk, Task, phases
 from megatron_r1.corpus.plan import Job
 from megatron_r1.corpus.tokenise import use_threads
 from megatron_r1.corpus.workers import Workers
@@ -52,10 +52,10 @@ def run(config: CorpusConfig, inputs: Inputs, work: Workspace) -> Artifact:
         threads = 1 if config.workers or count > 1 else usable_cores()
         use_threads(threads)
         with Workers(job, desk, count) as workers:
-            for phase in PHASES:
+            for phase in phases(config):
                 began = time.monotonic()
                 desk.turn()
-                if phase == PHASES[1]:
+                if phase != "extract":
                     _forget_other_input(job)
                 tasks = desk.tasks(phase)
                 _require_room(desk, phase, tasks)

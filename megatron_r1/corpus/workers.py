@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any
 
-from megatron_r1.corpus.phases import Desk, Task
+from megatron_r1.corpus.phases import Desk, Task, phases
 from megatron_r1.corpus.plan import Job
 from megatron_r1.corpus.tokenise import use_threads
 from megatron_r1.utils.errors import EnvironmentProblem
@@ -114,6 +114,35 @@ class Workers:
         process.start()
         theirs.close()
         return _Worker(process, ours)
+
+
+def require_done(desk: Desk, phase: str) -> None:
+    """Raise EnvironmentProblem unless every task of the phase is done (a source that could not be had is)."""
+    left = [task.name for task in desk.tasks(phase) if not task.record.is_file()]
+    if left:
+        raise EnvironmentProblem(
+            expected=f"every task of the phase {phase} done", found=f"{len(left)} are not, such as {left[0]}",
+            fix="look into the logs of that phase, then submit the same command again; what is done stays done",
+        )
+
+
+@dataclass(frozen=True)
+class Share:
+    """One phase of a job as a step of a datatrove pipeline, on any number of machines: rank r of n does the tasks r, r + n, ...
+
+    Nothing is handed from rank to rank but files in the job's folder. Raises EnvironmentProblem when the phase before is not done.
+    """
+
+    job: Job
+    phase: str
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        use_threads(1)
+        desk, order = Desk(self.job), phases(self.job.config)
+        if at := order.index(self.phase):
+            require_done(desk, order[at - 1])
+        for task in desk.tasks(self.phase)[rank::world_size]:
+            desk.perform(task)
 
 
 def _work(pipe: Connection, job: Job, parent: int) -> None:
