@@ -11,30 +11,25 @@ resuming, use the corpus stage (`megatron-r1 corpus`), of which this is the smal
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 from megatron_r1.corpus.config import CorpusConfig, SourceConfig, TokenizerConfig
+from megatron_r1.corpus.direct import Done, write_dataset
 from megatron_r1.corpus.files import describe
-from megatron_r1.corpus.readers import Bad, read
-from megatron_r1.corpus.tokenise import BATCH_BYTES, BATCH_DOCUMENTS, use_threads
 from megatron_r1.corpus.tokenizers import make
-from megatron_r1.data.document import Document
-from megatron_r1.data.indexed import IndexedWriter, token_dtype
+from megatron_r1.data.tiktoken_ranks import ENCODINGS
 from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.utils.errors import ConfigError, DataError, R1Error
-from megatron_r1.utils.io import disk_errors
+from megatron_r1.utils.errors import ConfigError, R1Error
 from megatron_r1.utils.logging import get_logger
+from megatron_r1.utils.machine import usable_cores
 
 log = get_logger("preprocess_data")
 TYPES = {
     "HuggingFaceTokenizer": "huggingface", "SentencePieceTokenizer": "sentencepiece", "GPTSentencePieceTokenizer": "sentencepiece",
-    "Llama2Tokenizer": "sentencepiece", "R1Tokenizer": "folder",
+    "Llama2Tokenizer": "sentencepiece", "TikTokenizer": "tiktoken", "R1Tokenizer": "folder",
 }
 
 
@@ -47,14 +42,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--split-sentences", action="store_true", help="not supported (BERT-style data)")
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--tokenizer-type", default="HuggingFaceTokenizer", help="one of " + ", ".join(TYPES))
-    group.add_argument("--tokenizer-model", required=True, help="tokenizer.json or its folder, *.model, or the tokenizer folder of a shards artifact (R1Tokenizer)")
+    group.add_argument("--tokenizer-model", required=True, help="tokenizer.json or its folder, *.model, a tiktoken rank file, or the tokenizer folder of a shards artifact (R1Tokenizer)")
+    group.add_argument("--tokenizer-library", default="auto", choices=("auto", "plain", "gigatoken"), help="auto: gigatoken where it is installed and gives the same ids")
+    group.add_argument("--tiktoken-encoding", choices=tuple(ENCODINGS), help="TikTokenizer: the published encoding of the rank file")
     group.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     group = parser.add_argument_group("output")
     group.add_argument("--output-prefix", required=True, help="path of the output without _<key>_document.bin")
     group = parser.add_argument_group("runtime")
-    group.add_argument("--workers", type=int, default=None, help="threads that tokenise; by default all cores")
+    group.add_argument("--workers", type=int, default=None, help="processes that read and tokenise; by default all cores. A compressed file is one process's work")
     group.add_argument("--log-interval", type=int, default=10000, help="documents between two progress lines")
-    group.add_argument("--partitions", type=int, default=1, help="only 1: threads share the work of one file")
+    group.add_argument("--partitions", type=int, default=1, help="only 1: processes share the work of one file")
     group.add_argument("--max-bad-ratio", type=float, default=0.01, help="share of bad lines above which nothing is written")
     return parser.parse_args(argv)
 
@@ -66,55 +63,31 @@ def open_tokenizer(args: argparse.Namespace, folder: Path) -> Tokenizer:
     kind = TYPES[args.tokenizer_type]
     if kind == "folder":
         return Tokenizer.load(args.tokenizer_model)
+    if (kind == "tiktoken") != (args.tiktoken_encoding is not None):
+        raise ConfigError(
+            expected="--tiktoken-encoding together with --tokenizer-type TikTokenizer", found="one without the other",
+            fix=f"name the rank file's encoding ({', '.join(ENCODINGS)}); for others use the corpus stage, tokenizer.pattern",
+        )
     config = CorpusConfig(
-        sources={"unused": SourceConfig(kind="jsonl", path=args.input[0], domain="web")}, tokenizer=TokenizerConfig(kind=kind, path=args.tokenizer_model),  # type: ignore[arg-type]
+        sources={"unused": SourceConfig(kind="jsonl", path=args.input[0], domain="web")},
+        tokenizer=TokenizerConfig(kind=kind, path=args.tokenizer_model, encoding=args.tiktoken_encoding),  # type: ignore[arg-type]
     )
     return make(config, None, (), folder)
 
 
-def write_key(args: argparse.Namespace, key: str, tokenizer: Tokenizer) -> tuple[int, int, int]:
-    """Write one field of all inputs; returns documents, tokens, bad lines. Raises DataError when too many are bad."""
+def write_key(args: argparse.Namespace, key: str, tokenizer: Tokenizer) -> Done:
+    """Write one field of all inputs. Raises DataError when too much is bad."""
     prefix = Path(f"{args.output_prefix}_{key}_document")
-    with disk_errors(prefix):
-        prefix.parent.mkdir(parents=True, exist_ok=True)
     source = SourceConfig(kind="jsonl", path="-", text_field=key, domain="web")
-    end = [tokenizer.eos_id] if args.append_eod else []
-    documents = tokens = bad = size = 0
-    began, batch, waiting = time.monotonic(), [], 0
-    quarantine = prefix.with_name(prefix.name + ".bad.jsonl")
-    quarantine.unlink(missing_ok=True)
-    with IndexedWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
-
-        def flush() -> int:
-            written = 0
-            for ids in tokenizer.encode_batch(batch):
-                writer.add(np.asarray(ids + end, np.int64))
-                written += len(ids) + len(end)
-            batch.clear()
-            return written
-
-        for made, length in read(key, source, describe(args.input)):
-            size += length
-            if isinstance(made, Bad):
-                bad += 1
-                with disk_errors(quarantine), open(quarantine, "a", encoding="utf-8") as sink:
-                    sink.write(json.dumps(made.record(), ensure_ascii=False) + "\n")
-                continue
-            assert isinstance(made, Document)
-            batch.append(made.text or "")
-            documents, waiting = documents + 1, waiting + length
-            if waiting >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-                tokens, waiting = tokens + flush(), 0
-            if documents % args.log_interval == 0:
-                seconds = time.monotonic() - began
-                log.info("%s: %d documents (%.0f/s, %.1f MB/s)", key, documents, documents / seconds, size / 1e6 / seconds)
-        tokens += flush()
-        if bad > args.max_bad_ratio * (bad + documents):
-            raise DataError(
-                expected=f"at most {args.max_bad_ratio:.2%} bad lines", found=f"{bad} of {bad + documents}, listed in {quarantine}", fix="mend them, or raise --max-bad-ratio"
-            )
-    log.info("%s: %d documents, %d tokens, %d bad lines -> %s.bin, .idx", key, documents, tokens, bad, prefix)
-    return documents, tokens, bad
+    began, said, done = time.monotonic(), 0, Done()
+    for done in write_dataset(
+        prefix, source, describe(args.input), tokenizer.folder, args.tokenizer_library, args.append_eod, args.workers or usable_cores(), args.max_bad_ratio
+    ):
+        if done.documents - said >= args.log_interval:
+            seconds, said = time.monotonic() - began, done.documents
+            log.info("%s: %d documents (%.0f/s, %.1f MB/s)", key, done.documents, done.documents / seconds, done.bytes / 1e6 / seconds)
+    log.info("%s: %d documents, %d tokens by %s, %d bad lines -> %s.bin, .idx", key, done.documents, done.tokens, done.library, done.bad, prefix)
+    return done
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,9 +97,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.split_sentences:
             raise ConfigError(expected="documents as they are", found="--split-sentences", fix="leave it out: sentence splitting serves BERT-style training, which this project does not do")
         if args.partitions != 1:
-            raise ConfigError(expected="--partitions 1", found=str(args.partitions), fix="leave it out: threads share the work of a file, and the corpus stage resumes per source")
+            raise ConfigError(expected="--partitions 1", found=str(args.partitions), fix="leave it out: processes share the work of a file (--workers), and the corpus stage resumes per source")
         describe(args.input)
-        use_threads(args.workers)
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = open_tokenizer(args, Path(folder) / "tokenizer")
             if args.append_eod and tokenizer.eos_id is None:

@@ -336,6 +336,14 @@ class IndexedWriter:
         if self._mask is not None:
             self._mask.write(np.ascontiguousarray(mask, np.uint8).tobytes())
 
+    def extend(self, lengths: np.ndarray) -> None:
+        """Append many documents without masks: lengths int[n]. Their tokens follow, by `fill`."""
+        self._index.extend(lengths)
+
+    def fill(self, content: bytes) -> None:
+        """Tokens of documents that `extend` announced, as they stand in the file."""
+        self._bin.write(content)
+
     def close(self) -> None:
         """Finish both files."""
         self._bin.close()

@@ -52,11 +52,49 @@ def test_without_end_of_document_and_with_our_tokenizer_folder(tmp_path, setting
     assert documents(tmp_path / "out" / "d_text_document")[3].tolist() == tokenizer.encode(TEXTS[3])
 
 
+def outputs(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_any_number_of_processes_writes_the_same(tmp_path, setting, monkeypatch):
+    tokenizer, source, flags = setting
+    lines = [json.dumps({"text": f"{text} {'long ' * i}"}) for i, text in enumerate(TEXTS)]
+    lines[7] = "broken"
+    source.write_text("\n".join(lines))
+    tool = load("preprocess_data")
+    monkeypatch.setattr("megatron_r1.corpus.direct.PARTITION_BYTES", 1000)
+    made = []
+    for workers in ("1", "2"):
+        assert tool.main([*flags, "--max-bad-ratio", "0.1", "--append-eod", "--workers", workers]) == 0
+        made.append(outputs(tmp_path / "out"))
+    assert made[0] == made[1]
+    assert set(made[0]) == {"d_text_document" + ending for ending in (".bin", ".bin.crc", ".idx", ".idx.crc", ".bad.jsonl")}
+    expected = [[*tokenizer.encode(json.loads(line)["text"]), tokenizer.eos_id] for line in lines if line != "broken"]
+    assert [part.tolist() for part in documents(tmp_path / "out" / "d_text_document")] == expected
+
+
+def test_a_library_that_turns_out_wrong_leaves_no_trace(tmp_path, setting, monkeypatch, caplog):
+    """The second of two partitions meets a difference: it is written again, and the file is what the plain library gives."""
+    pytest.importorskip("gigatoken")
+    tokenizer, _, flags = setting
+    from megatron_r1.data import fast_tokenizer
+    from megatron_r1.data import tokenizer as module
+
+    tool = load("preprocess_data")
+    monkeypatch.setattr("megatron_r1.corpus.direct.PARTITION_BYTES", 2000)
+    monkeypatch.setattr(module, "SAMPLED", 1)
+    right = fast_tokenizer.Gigatoken.encode
+    monkeypatch.setattr(fast_tokenizer.Gigatoken, "encode", lambda self, text: right(self, text)[::-1].copy() if "33" in text and "Document" in text else right(self, text))
+    assert tool.main([*flags, "--tokenizer-library", "gigatoken"]) == 0
+    assert [part.tolist() for part in documents(tmp_path / "out" / "d_text_document")] == [tokenizer.encode(text) for text in TEXTS]
+    assert "tokenised again" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--split-sentences"], "BERT"), (["--partitions", "2"], "--partitions 1"), (["--tokenizer-type", "GPT2BPETokenizer"], "HuggingFaceTokenizer"),
-        (["--input", "nowhere.jsonl"], "nowhere.jsonl"), (["--json-keys", "body"], "bad lines"),
+        (["--input", "nowhere.jsonl"], "nowhere.jsonl"), (["--tokenizer-type", "TikTokenizer"], "--tiktoken-encoding"), (["--json-keys", "body"], "bad lines"),
     ],
 )
 def test_what_is_refused(setting, tmp_path, capsys, more, said):
