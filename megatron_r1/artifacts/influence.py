@@ -16,7 +16,7 @@ the mixture stage weights by it. pyarrow is imported only when a table is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,9 @@ from megatron_r1.utils.seeding import generator
 from megatron_r1.utils.statistics import stretch
 
 INFLUENCE_FILE = "influence.json"
+FEW_CHECKPOINTS = 3
+"""From this many on, intervals cover the choice of checkpoints. A checkpoint's state moves the scores of all documents together (its word
+frequencies overshoot one way or the other), so two checkpoints cannot say how much."""
 Normalise = Literal["none", "rms", "self"]
 
 
@@ -209,16 +212,20 @@ class Spread:
     probe_variance: float  # of choosing other probe windows; 0 where it is not measured (one fold)
     documents: int
     folds: int
+    checkpoints_variance: float = 0.0  # of choosing other checkpoints; 0 where it is not measured (fewer than FEW_CHECKPOINTS)
+    checkpoints: int = 1
 
     @property
     def variance(self) -> float:
-        """Of both together."""
-        return self.documents_variance + self.probe_variance
+        """Of all together."""
+        return self.documents_variance + self.probe_variance + self.checkpoints_variance
 
     @property
     def freedom(self) -> int:
         """Degrees of freedom of the variance (Welch and Satterthwaite), rounded down."""
-        parts = [(self.documents_variance, self.documents - 1), (self.probe_variance, self.folds - 1)]
+        parts = [
+            (self.documents_variance, self.documents - 1), (self.probe_variance, self.folds - 1), (self.checkpoints_variance, self.checkpoints - 1),
+        ]
         total = sum(v * v / df for v, df in parts if df > 0 and v > 0)
         if not math.isfinite(self.variance) or total == 0:
             return max(self.documents - 1, 1)
@@ -230,6 +237,8 @@ class InfluenceTable:
 
     def __init__(self, path: Path, record: InfluenceRecord) -> None:
         self.path, self.record = path, record
+        self.scored: np.ndarray | None = None
+        """Which checkpoints each capability was scored at, bool [C, T]; None: all. A joined table has others for each."""
         self._cache: dict[str, DocumentScores] = {}
 
     @classmethod
@@ -256,7 +265,7 @@ class InfluenceTable:
     def with_record(self, record: InfluenceRecord) -> InfluenceTable:
         """The same scores under another record (tables already read are kept)."""
         other = InfluenceTable(self.path, record)
-        other._cache = self._cache
+        other._cache, other.scored = self._cache, self.scored
         return other
 
     def keep(self, source: str, scores: DocumentScores) -> None:
@@ -310,6 +319,18 @@ class InfluenceTable:
             )
         return scales
 
+    def checkpoint_rates(self, source: str, normalise: Normalise = "rms") -> np.ndarray:
+        """Benefit per token at each checkpoint, [C, T]; weighted with `alpha` they sum to that of all."""
+        scores = self.scores(source)
+        return scores.raw.sum(axis=0) / scores.n_tokens.sum() / self.scales(normalise)
+
+    def models(self) -> list[tuple[list[int], list[int]]]:
+        """(capabilities, checkpoints) that belong together, as numbers: one pair, but for a joined table, with a model for each."""
+        capabilities, points = range(len(self.record.capabilities)), range(len(self.record.checkpoints))
+        scored = self.scored
+        owned = [tuple(t for t in points if scored is None or scored[c, t]) for c in capabilities]
+        return [([c for c in capabilities if owned[c] == own], list(own)) for own in dict.fromkeys(owned)]
+
     def resample(
         self,
         source: str,
@@ -318,11 +339,12 @@ class InfluenceTable:
         normalise: Normalise = "rms",
         confidence: float | None = 0.95,
     ) -> np.ndarray:
-        """Bootstrap of the benefit per token over documents and, with probe folds, over the probe: [replicates, C].
+        """Bootstrap of the benefit per token over documents, over checkpoints where there are FEW_CHECKPOINTS or more, and, with
+        probe folds, over the probe: [replicates, C].
 
-        Documents are drawn with replacement, several rows of one document together. Folds are drawn with replacement
-        too, the same draw for every source and capability of a replicate, since they share the probe. The deviations of
-        both are added, each stretched for the small number of its units (`utils.statistics.stretch`): to an unbiased
+        Documents are drawn with replacement, several rows of one document together. Folds and checkpoints are drawn with
+        replacement too, the same draw for every source of a replicate (and every capability of the same model), since they share
+        them. The deviations of all are added, each stretched for the small number of its units (`utils.statistics.stretch`): to an unbiased
         variance and, with a confidence, to the width Student's t would give that interval. Drawing both at once instead
         would count the noise of single document-fold pairs three times; added it counts twice, still on the safe side.
         """
@@ -335,9 +357,25 @@ class InfluenceTable:
         sums = group_sum(self.benefits(source, normalise), unit, count)
         point = sums.sum(axis=0) / tokens.sum()
         found = point + stretch(count, confidence) * ((draws @ sums) / (draws @ tokens)[:, None] - point)
+        rates = self.checkpoint_rates(source, normalise)
+        for capabilities, points in self.models():
+            shift = self._checkpoint_draws(capabilities, points, replicates, seed, confidence)
+            found[:, capabilities] += shift @ rates[np.ix_(capabilities, points)].T
         if scores.folds is None:
             return found
         return found + np.einsum("rcf,cf->rc", self._share_draws(replicates, seed, confidence), self.fold_rates(source, normalise))
+
+    def _checkpoint_draws(
+        self, capabilities: Sequence[int], points: Sequence[int], replicates: int, seed: int, confidence: float | None
+    ) -> np.ndarray:
+        """What a draw of checkpoints changes in the weight of each, [R, len(points)]; the rows sum to 0. Zeros for few checkpoints."""
+        count, alpha = len(points), self.alpha[list(points)]
+        if count < FEW_CHECKPOINTS:
+            return np.zeros((replicates, count))
+        names = [self.record.capabilities[c] for c in capabilities]
+        drawn = generator(seed, "bootstrap checkpoints", *names).multinomial(count, np.full(count, 1.0 / count), size=replicates)
+        share = drawn * alpha
+        return stretch(count, confidence) * (share * (alpha.sum() / share.sum(axis=1, keepdims=True)) - alpha)
 
     def _share_draws(self, replicates: int, seed: int, confidence: float | None) -> np.ndarray:
         """What a draw of folds changes in the weight of each fold, [R, C, F]; the rows sum to 0."""
@@ -380,7 +418,15 @@ class InfluenceTable:
         if scores.folds is not None:
             base = np.array([self.record.fold_weights[capability] for capability in self.record.capabilities])
             probe = float((folds * base * self.fold_rates(source, normalise)).mean(axis=0).var(ddof=1)) / folds
-        return Spread(mean, documents, probe, count, folds)
+        rates, among, fewest = self.checkpoint_rates(source, normalise), 0.0, 1
+        for capabilities, points in self.models():
+            if len(points) >= FEW_CHECKPOINTS:
+                # Variance of a weighted mean (ratio estimate); models of their own are independent of each other.
+                joint, alpha = rates[np.ix_(capabilities, points)].sum(axis=0) / len(rates), self.alpha[points]
+                share, n = alpha / alpha.sum(), len(points)
+                among += float(((share * (joint - share @ joint)) ** 2).sum()) * n / (n - 1)
+                fewest = n if fewest == 1 else min(fewest, n)
+        return Spread(mean, documents, probe, count, folds, among, fewest)
 
     def counted(self, shares: Mapping[str, np.ndarray], units: Mapping[str, np.ndarray]) -> InfluenceTable:
         """The same table with every row's score multiplied by `shares` (its tokens stay) and rows drawn by `units`."""

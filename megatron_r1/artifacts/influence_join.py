@@ -68,6 +68,7 @@ def join(tables: Sequence[InfluenceTable]) -> InfluenceTable:
         "directions": directions,
         "fold_weights": {name: weights for table in tables for name, weights in table.record.fold_weights.items()},
         "sources": {source: {name: cell for table in tables for name, cell in table.record.sources[source].items()} for source in first.sources},
+        "interval_covers": [what for what in first.interval_covers if all(what in table.record.interval_covers for table in tables)],
         "joint": {},
         "reliability": {},
         "reliabilities": [],
@@ -75,6 +76,7 @@ def join(tables: Sequence[InfluenceTable]) -> InfluenceTable:
         "notes": list(dict.fromkeys(note for table in tables for note in table.record.notes)),
     }
     joined = InfluenceTable(tables[0].path, InfluenceRecord.model_validate(first.model_copy(update=updates).model_dump()))
+    joined.scored = _diagonal([np.ones((1, len(table.record.capabilities), len(table.record.checkpoints)), bool) for table in tables])[0]
     for source in first.sources:
         joined.keep(source, _together(source, [table.scores(source) for table in tables]))
     return joined
@@ -87,19 +89,21 @@ def _together(source: str, parts: Sequence[DocumentScores]) -> DocumentScores:
         if not (np.array_equal(part.index, first.index) and np.array_equal(part.start, first.start) and np.array_equal(part.n_tokens, first.n_tokens)):
             raise _unlike(f"documents of {source}", f"{len(first.index)}, from {first.ids[:2]}", f"{len(part.index)}, from {part.ids[:2]}")
 
-    def blocks(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        n, rest = arrays[0].shape[0], arrays[0].shape[3:]
-        whole = np.zeros((n, sum(a.shape[1] for a in arrays), sum(a.shape[2] for a in arrays), *rest))
-        c = t = 0
-        for array in arrays:
-            whole[:, c : c + array.shape[1], t : t + array.shape[2]] = array
-            c, t = c + array.shape[1], t + array.shape[2]
-        return whole
-
     folds = [part.folds for part in parts if part.folds is not None]
     return DocumentScores(
-        first.index, first.ids, first.start, first.n_tokens, blocks([part.raw for part in parts]), blocks(folds) if folds else None
+        first.index, first.ids, first.start, first.n_tokens, _diagonal([part.raw for part in parts]), _diagonal(folds) if folds else None
     )
+
+
+def _diagonal(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """[n, C_k, T_k (, F)] as blocks along the diagonal of [n, sum C, sum T (, F)], zeros elsewhere."""
+    n, rest = arrays[0].shape[0], arrays[0].shape[3:]
+    whole = np.zeros((n, sum(a.shape[1] for a in arrays), sum(a.shape[2] for a in arrays), *rest), arrays[0].dtype)
+    c = t = 0
+    for array in arrays:
+        whole[:, c : c + array.shape[1], t : t + array.shape[2]] = array
+        c, t = c + array.shape[1], t + array.shape[2]
+    return whole
 
 
 def _unlike(what: str, one: Any, other: Any) -> ArtifactError:

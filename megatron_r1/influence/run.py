@@ -11,6 +11,7 @@ import numpy as np
 from megatron_r1.artifacts.base import Artifact, Workspace
 from megatron_r1.artifacts.checkpoint import CheckpointSet
 from megatron_r1.artifacts.influence import (
+    FEW_CHECKPOINTS,
     INFLUENCE_FILE,
     Curvature,
     Direction,
@@ -100,8 +101,11 @@ def finish(job: Job, probe: ProbeSet, work: Workspace, validity: dict[str, Any] 
             eps = note.pop("eps")
             note.pop("weights")
             directions[column(capability, step)] = Direction.model_validate(note)
-    covers = ["scored documents"] + (["probe folds"] if config.probe_folds > 1 else [])
+    several = len(job.points) >= FEW_CHECKPOINTS
+    covers = ["scored documents"] + (["checkpoints"] if several else []) + (["probe folds"] if config.probe_folds > 1 else [])
     notes = []
+    if not several:
+        notes.append(f"intervals do not cover the choice of checkpoints, which moves the scores of all documents together; score {FEW_CHECKPOINTS} or more for that")
     if config.probe_folds == 1:
         notes.append("intervals do not cover the choice of probe windows; set probe_folds above 1 for that")
     elif config.probe_folds < FEW_FOLDS:

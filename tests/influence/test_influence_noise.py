@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 from small_world import influence_config
-from toy_tables import crossed, toy_table
+from toy_tables import at_checkpoints, crossed, toy_table
 
 from megatron_r1.artifacts.base import Artifact, open_workspace
 from megatron_r1.artifacts.influence import InfluenceTable, Reliability
@@ -46,6 +46,57 @@ def test_one_probe_draw_serves_every_source_and_capability() -> None:
     assert a.std() > 0.1
     assert np.allclose(a + 2, b)
     assert np.allclose(a[:, 0], a[:, 1])
+
+
+def swaying(rng: np.random.Generator, sources: dict[str, float], documents: int, checkpoints: int, sway: float) -> dict[str, np.ndarray]:
+    """Benefits per token [n, 2, T] where every checkpoint moves all documents, sources and capabilities together."""
+    common = rng.normal(0, sway, checkpoints)
+    return {name: mean + common + rng.normal(0, 0.3, (documents, 2, 1)) + np.zeros((1, 2, checkpoints)) for name, mean in sources.items()}
+
+
+def test_checkpoints_that_move_all_documents_together_are_in_the_interval() -> None:
+    """Over 300 worlds with true benefit 0, the share of 95 % intervals that hold it: far too few when only documents are drawn."""
+    rng = np.random.default_rng(6)
+    held, blind = [], []
+    for world in range(300):
+        table = at_checkpoints(swaying(rng, {"a": 0.0}, 20, 6, 0.2))
+        for found, size in ((held, 6), (blind, 1)):
+            part = table if size == 6 else at_checkpoints({"a": np.einsum("nct,t->nc", table.scores("a").raw / 100, table.alpha)[..., None]})
+            low, high = np.quantile(part.resample("a", 400, world).mean(axis=1), [0.025, 0.975])
+            found.append(low <= 0 <= high)
+    assert np.mean(held) >= 0.93
+    assert np.mean(blind) <= 0.85
+
+
+def test_variance_over_checkpoints_is_the_closed_form_and_the_designs() -> None:
+    rng = np.random.default_rng(7)
+    table = at_checkpoints(swaying(rng, MEANS, 30, 8, 0.5))
+    for source in table.sources:
+        spread = table.spread(source)
+        draws = table.resample(source, 20_000, 1, confidence=None).mean(axis=1)
+        # A ratio of drawn sums has a little more variance than its first-order form.
+        assert draws.var() == pytest.approx(spread.variance, rel=0.25)
+        assert spread.checkpoints == 8
+    found = [at_checkpoints(swaying(rng, {"a": 0.0}, 5, 40, 0.5)).spread("a").checkpoints_variance for _ in range(200)]
+    alpha = table_alpha(40)
+    assert np.mean(found) == pytest.approx(0.25 * (alpha**2).sum(), rel=0.1)
+
+
+def table_alpha(count: int) -> np.ndarray:
+    """Weights of Eq. 5 for steps 1 ... count."""
+    return (np.arange(count) + 1) / (np.arange(count) + 1).sum()
+
+
+def test_one_draw_of_checkpoints_serves_every_source_and_capability_of_a_model_and_few_are_not_drawn() -> None:
+    common = np.random.default_rng(8).normal(size=(1, 1, 5)).repeat(20, axis=0).repeat(2, axis=1)
+    table = at_checkpoints({"a": 1 + common, "b": 3 + common})
+    a, b = (table.resample(source, 500, 7) for source in ("a", "b"))
+    assert a.std() > 0.1
+    assert np.allclose(a + 2, b)
+    assert np.allclose(a[:, 0], a[:, 1])
+    few = at_checkpoints({"a": 1 + common[..., :2]})
+    assert few.resample("a", 500, 7).std() < 1e-12
+    assert few.spread("a").checkpoints_variance == 0
 
 
 def test_a_single_document_has_no_known_spread() -> None:

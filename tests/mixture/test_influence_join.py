@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hand_tables import build_influence
 from tiny_shards import build_shards
-from toy_tables import crossed, toy_table
+from toy_tables import at_checkpoints, crossed, toy_table
 
 from megatron_r1.artifacts.base import Artifact, open_workspace
 from megatron_r1.artifacts.influence import InfluenceTable, column
@@ -99,3 +99,19 @@ def test_a_mixture_reads_several_tables(tmp_path: Path) -> None:
     together, apart = mixed(table("code", "math"), "i"), mixed([table("code"), table("math")], ["i", "j"])
     assert together.pop("influence_sha256") != apart.pop("influence_sha256")
     assert apart == together
+
+
+def test_models_of_their_own_have_checkpoints_of_their_own() -> None:
+    """Intervals over checkpoints of a joined table are those of its parts, and the parts' variances add up."""
+    rng = np.random.default_rng(1)
+    one, other = (at_checkpoints({"a": rng.normal(size=(12, 1, points))}) for points in (4, 6))
+    record = other.record
+    renamed = {"capabilities": ["x"], "directions": {name.replace("c0", "x"): d for name, d in record.directions.items()}, "fold_weights": {"x": [1.0]}}
+    two = other.with_record(record.model_copy(update=renamed))
+    joined = join([one, two])
+    assert joined.models() == [([0], [0, 1, 2, 3]), ([1], [4, 5, 6, 7, 8, 9])]
+    apart = np.concatenate([part.resample("a", 50, 3) for part in (one, two)], axis=1)
+    assert np.allclose(joined.resample("a", 50, 3), apart)
+    variances = [part.spread("a").checkpoints_variance for part in (one, two)]
+    assert joined.spread("a").checkpoints_variance == pytest.approx(sum(variances) / 4)
+    assert joined.with_record(joined.record).models() == joined.models()

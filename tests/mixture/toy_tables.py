@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,20 @@ def toy_table(
         table._cache[source] = DocumentScores(
             np.arange(n), [f"{source}-{i}" for i in range(n)], np.zeros(n, np.int64), counts, scores.mean(axis=-1), split
         )
+    return table
+
+
+def at_checkpoints(rates: Mapping[str, np.ndarray]) -> InfluenceTable:
+    """A table of several checkpoints (steps 1, 2, ..., alpha as Eq. 5 has it) from benefits per token, source -> [n, C, T]; one fold."""
+    first = next(iter(rates.values()))
+    steps = np.arange(first.shape[2]) + 1
+    whole = toy_table({source: rate[..., :1] for source, rate in rates.items()})
+    direction = next(iter(whole.record.directions.values()))
+    points = [ScoredCheckpoint(step=int(step), tokens=int(step), alpha=float(step / steps.sum())) for step in steps]
+    directions = {f"{capability}@{step}": direction for capability in whole.record.capabilities for step in steps}
+    table = InfluenceTable(Path("memory"), whole.record.model_copy(update={"checkpoints": points, "directions": directions}))
+    for source, rate in rates.items():
+        table.keep(source, replace(whole.scores(source), raw=rate * 100))
     return table
 
 
