@@ -59,7 +59,7 @@ def judge(run: Run, shuffled: str | None = None) -> tuple[Verdict, ...]:
     Tables measured again with a model that a mixture has narrowed stand in a line of their own.
     """
     return (
-        _shuffled_is_negative(run, run.influences[:1], shuffled),
+        _shuffled_does_not_help(run, run.influences[:1], shuffled),
         _shuffled_weight_zero(run, shuffled),
         _ahead_in_influence(run, run.influences[:1]),
         _ahead_in_weight(run),
@@ -79,18 +79,20 @@ def shuffled_sources(run: Run, name: str | None = None) -> tuple[str, ...]:
     return (name,) if name else tuple(s for s in run.distractors if "shuffl" in s.lower())
 
 
-def _shuffled_is_negative(run: Run, influences: Sequence[Influence], name: str | None) -> Verdict:
-    key, claim = "shuffled_negative", "Shuffled text scores as harmful for every capability (95 % interval below zero)"
+def _shuffled_does_not_help(run: Run, influences: Sequence[Influence], name: str | None) -> Verdict:
+    key, claim = "shuffled_benefit", "Shuffled text is shown to help no capability (no 95 % interval above zero)"
     targets = shuffled_sources(run, name)
     scored = [(i, s) for i in influences for s in targets if s in i.cells]
     if not scored:
         return Verdict(key, claim, "absent", "No influence table with a shuffled source is among the inputs.")
-    good, bad = [], []
+    good, bad, below = [], [], 0
     for influence, source in scored:
         for capability, cell in influence.cells[source].items():
-            (good if cell.high < 0 else bad).append(f"{capability} ({influence.step})")
-    detail = f"Below zero in {len(good)} of {len(good) + len(bad)} capability scores"
-    return Verdict(key, claim, _status(good, bad), detail + (f"; not in {_join(bad)}." if bad else "."))
+            (bad if cell.low > 0 else good).append(f"{capability} ({influence.step})")
+            below += cell.high < 0
+    count = len(good) + len(bad)
+    detail = f"Of {count} capability scores {below} below zero, {len(bad)} above zero"
+    return Verdict(key, claim, _status(good, bad), detail + (f" ({_join(bad)})" if bad else "") + f", {count - below - len(bad)} neither.")
 
 
 def _shuffled_weight_zero(run: Run, name: str | None) -> Verdict:
@@ -120,7 +122,7 @@ def _measured_again(run: Run, name: str | None) -> tuple[Verdict, ...]:
     """Both claims about influence on every later table, in one line; no line when there is one table only."""
     if len(run.influences) < 2:
         return ()
-    parts = [_shuffled_is_negative(run, run.influences[1:], name), _ahead_in_influence(run, run.influences[1:])]
+    parts = [_shuffled_does_not_help(run, run.influences[1:], name), _ahead_in_influence(run, run.influences[1:])]
     claim = "Measured again with a model that a mixture has narrowed, both claims about influence still hold"
     known = [part for part in parts if part.status != "absent"]
     if not known:

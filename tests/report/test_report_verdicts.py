@@ -29,8 +29,8 @@ def test_all_hold_in_the_good_run(good: dict[str, Verdict]) -> None:
 @pytest.mark.parametrize(
     ("bend", "key", "status", "said"),
     [
-        ({"shuffled": -0.1}, "shuffled_negative", "not ok", "code (influence1)"),
-        ({"again": -0.1}, "measured_again", "partly", "word frequencies"),
+        ({"shuffled": 0.4}, "shuffled_benefit", "not ok", "code (influence1)"),
+        ({"again": 0.4}, "measured_again", "partly", "word frequencies"),
         ({"shuffled": 1.6}, "ahead_influence", "not ok", "stdlib on code (influence1)"),
         ({"noise": 0.001}, "shuffled_weight", "partly", "mix1 ("),
         ({"noise": 5.0}, "ahead_weight", "partly", "champ (mix1)"),
