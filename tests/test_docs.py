@@ -297,12 +297,13 @@ def test_import_table_equals_the_enforced_one() -> None:
     assert {name: int(layer) for layer, names in rows for name in re.findall(r"`(\w+)`", names)} == enforced
 
 
-def test_the_table_of_kernels_is_that_of_the_stored_rows() -> None:
-    """A figure comes from a command: the table is what `python benchmarks/bench_kernels.py --write-docs` makes of the results."""
-    spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "benchmarks" / "bench_kernels.py")
+@pytest.mark.parametrize("script", ["bench_kernels", "bench_data"])
+def test_tables_of_figures_are_those_of_the_stored_rows(script: str) -> None:
+    """A figure comes from a command: the table is what `python benchmarks/<script>.py --write-docs` makes of the results."""
+    spec = importlib.util.spec_from_file_location(script, ROOT / "benchmarks" / f"{script}.py")
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    rows = [json.loads(line) for line in bench.RESULTS.read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in (bench.RESULTS.read_text("utf-8").splitlines() if bench.RESULTS.exists() else [])]
     assert bench.table(rows).strip() in bench.DOCS.read_text("utf-8")
     assert not bench.table([]).count("|"), "without rows nothing is claimed"
 

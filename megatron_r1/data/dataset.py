@@ -18,7 +18,7 @@ from megatron_r1.data.mixture_order import MixtureOrder
 from megatron_r1.data.packing import Rows, best_fit_decreasing
 from megatron_r1.data.schedule import Order
 from megatron_r1.data.shards import Shard
-from megatron_r1.data.view import TokenStream, Windows
+from megatron_r1.data.view import TokenStream
 from megatron_r1.utils.errors import DataError, R1Error
 from megatron_r1.utils.seeding import derive_seed, generator
 
@@ -86,40 +86,41 @@ class PretrainDataset:
         numbers, blocks, epochs = self.order.locate_many(np.fromiter(indices, np.int64))
         sources = self._numbers[numbers]
         b, s = len(sources), self.seq_length
-        window = np.empty((b, s + 1), np.int32)
-        batch: Batch = {
-            "tokens": window[:, :-1], "labels": window[:, 1:], "loss_mask": np.ones((b, s), np.float32), "position_ids": np.empty((b, s), np.int32),
-            "segment_ids": np.zeros((b, s), np.int32), "source_ids": sources, "document_ids": [None] * b,
-        }
+        # One piece of memory for all: large enough for the system to back it by large pages, which are far fewer to touch first.
+        memory = np.empty(b * (4 * s + 1), np.int32)
+        window, rest = memory[: b * (s + 1)].reshape(b, s + 1), memory[b * (s + 1) :].reshape(3, b, s)
+        segment_ids, position_ids, loss_mask = rest[0], rest[1], rest[2].view(np.float32)
         streams = 2 * sources + (self._rest_epoch[sources] == epochs)
         order = np.argsort(streams, kind="stable")
+        pieces = []
         for rows in np.split(order, np.flatnonzero(np.diff(streams[order])) + 1):
             name = self.source_names[sources[rows[0]]]
             with reading(f"blocks {', '.join(map(str, blocks[rows].tolist()))} of {name}"):
                 found = self.stream(name, int(epochs[rows[0]])).windows(blocks[rows] * s, s + 1)
             window[rows] = found.tokens
-            self._documents(batch, rows, found)
-        if not self.reset_documents:
-            batch["position_ids"][:] = np.arange(s, dtype=np.int32)
-        return batch
-
-    def _documents(self, batch: Batch, rows: np.ndarray, found: Windows) -> None:
-        """Fill what depends on where the documents of `rows` begin."""
-        n = self.seq_length + 1
-        first = np.searchsorted(found.row, np.arange(len(rows) + 1))
-        for i, row in enumerate(rows.tolist()):
-            # The last token is a label only: a document that begins there is not one of the row's.
-            batch["document_ids"][row] = found.document[first[i] : first[i + 1] - (found.begin[first[i + 1] - 1] == n - 1)]
-        if self.reset_documents:
-            flat = found.row * n + found.begin
-            lengths = np.diff(np.append(flat, len(rows) * n))
-            segments = np.repeat((np.arange(len(flat)) - first[found.row]).astype(np.int32), lengths)
-            positions = np.arange(len(rows) * n, dtype=np.int32) - np.repeat(flat.astype(np.int32), lengths)
-            batch["segment_ids"][rows] = segments.reshape(-1, n)[:, :-1]
-            batch["position_ids"][rows] = positions.reshape(-1, n)[:, :-1]
+            pieces.append((rows[found.row], found.begin, found.document, found.repeated))
+        row, begin, document, repeated = (np.concatenate(parts) for parts in zip(*pieces))
+        loss_mask.fill(1.0)
         # The label at column c is the token after input c: context that was a target before is none again.
-        inside = (found.begin > 0) & (found.repeated | self.reset_documents)
-        batch["loss_mask"][rows[found.row[inside]], found.begin[inside] - 1] = 0.0
+        untargeted = (begin > 0) & (repeated | self.reset_documents)
+        loss_mask[row[untargeted], begin[untargeted] - 1] = 0.0
+        # From here on in the order of rows, and without documents that begin with the last token, which is a label only.
+        inside = np.argsort(row, kind="stable")
+        inside = inside[begin[inside] < s]
+        row, begin, document = row[inside], begin[inside], document[inside]
+        first = np.searchsorted(row, np.arange(b + 1))
+        if self.reset_documents:
+            lengths = np.diff(np.append(row * s + begin, b * s))
+            segment_ids.reshape(-1)[:] = np.repeat((np.arange(len(row)) - first[row]).astype(np.int32), lengths)
+            np.subtract(np.arange(s, dtype=np.int32), np.repeat(begin.astype(np.int32), lengths).reshape(b, s), out=position_ids)
+        else:
+            segment_ids.fill(0)
+            position_ids[:] = np.arange(s, dtype=np.int32)
+        edges = first.tolist()
+        return {
+            "tokens": window[:, :-1], "labels": window[:, 1:], "loss_mask": loss_mask, "position_ids": position_ids, "segment_ids": segment_ids,
+            "source_ids": sources, "document_ids": [document[edges[i] : edges[i + 1]] for i in range(b)],
+        }
 
 
 class SftDataset:

@@ -23,7 +23,6 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from megatron_r1.utils.errors import DataError
 from megatron_r1.utils.io import atomic_write_bytes, disk_errors
@@ -192,14 +191,15 @@ class BlockReader:
             good = np.frombuffer(self._good, np.uint8)
             block, last = starts * width // BLOCK, ((starts + n) * width - 1) // BLOCK
             while True:
-                for bad in np.unique(block[good[block] == 0]):
-                    self._check(int(bad))
-                if (block >= last).all():
+                if not good[block].all():
+                    for bad in np.unique(block[good[block] == 0]):
+                        self._check(int(bad))
+                if (block == last).all():
                     break
                 block = np.minimum(block + 1, last)
         numbers = self.data[: self.size // width * width].view(dtype)
         # Every window is a row of this view, so picking rows copies whole windows, without an index for every token.
-        return as_strided(numbers, (len(numbers) - n + 1, n), (width, width), writeable=False)[starts]
+        return np.ndarray((len(numbers) - n + 1, n), dtype, numbers, 0, (width, width))[starts]
 
     def verify(self) -> None:
         """Check every block now."""

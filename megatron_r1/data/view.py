@@ -17,7 +17,7 @@ Ranges = tuple[np.ndarray, np.ndarray]
 class Windows(NamedTuple):
     """Equally long stretches of a stream, and the pieces of documents they are made of, in order, none empty.
 
-    tokens int32[k, n]; row, begin, document int64[p]: piece i starts at column begin[i] of window row[i], ends where the next
+    tokens [k, n] of the shard's type; row, begin, document int64[p]: piece i starts at column begin[i] of window row[i], ends where the next
     begins or the window ends, and belongs to document document[i] of the shard. repeated bool[p]: its first token is there as
     context only, and was a target before.
     """
@@ -82,25 +82,26 @@ class TokenStream:
         if len(starts) == 0 or n < 1 or starts.min() < 0 or starts.max() + n > self.n_tokens:
             found = f"tokens {starts.min()} to {starts.max() + n}" if len(starts) else "none asked for"
             raise DataError(expected=f"ranges inside the {self.n_tokens} tokens of {self.shard.label}", found=found, fix="count blocks with TokenStream.blocks")
-        first = np.searchsorted(self.offsets, starts, side="right") - 1
-        many = np.searchsorted(self.offsets, starts + n, side="left") - first
+        offsets = self.offsets
+        first = np.searchsorted(offsets, starts, side="right") - 1
+        many = np.searchsorted(offsets, starts + n, side="left") - first
         row = np.repeat(np.arange(len(starts)), many)
         place = np.arange(len(row)) + np.repeat(first - (np.cumsum(many) - many), many)
         start = starts[row]
-        begin = np.maximum(self.offsets[place], start)
-        solid = np.minimum(self.offsets[place + 1], start + n) > begin
+        begin = np.maximum(offsets[place], start)
+        solid = np.minimum(offsets[place + 1], start + n) > begin
         row, place, start, begin = row[solid], place[solid], start[solid], begin[solid]
         pieces = row, begin - start
         if self.documents is None:
-            return Windows(self.shard.windows(starts, n).astype(np.int32), *pieces, place, np.zeros(len(row), bool))
+            return Windows(self.shard.windows(starts, n), *pieces, place, np.zeros(len(row), bool))
         # Where the tokens are in the shard, and where they go. Neighbours in both are copied together.
-        source, target = self._starts[place] + begin - self.offsets[place], row * n + begin - start
+        source, target = self._starts[place] + begin - offsets[place], row * n + begin - start
         runs = np.flatnonzero(np.diff(source - target, prepend=-1 - int(target[-1])))
-        tokens = np.empty(len(starts) * n, np.int32)
+        tokens = np.empty(len(starts) * n, self.shard.dtype)
         edges = np.append(target[runs], len(tokens)).tolist()
         for i, at in enumerate(source[runs].tolist()):
             tokens[edges[i] : edges[i + 1]] = self.shard.read(at, edges[i + 1] - edges[i])
-        repeated = np.zeros(len(row), bool) if self._repeated is None else self._repeated[place] & (begin == self.offsets[place])
+        repeated = np.zeros(len(row), bool) if self._repeated is None else self._repeated[place] & (begin == offsets[place])
         return Windows(tokens.reshape(-1, n), *pieces, self.documents[place], repeated)
 
     def ranges_of(self, blocks: np.ndarray, seq_length: int) -> Ranges:

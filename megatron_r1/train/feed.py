@@ -306,9 +306,13 @@ class Feed:
         return [step * self.per_step + (m * self.data_size + self.data_rank) * self.micro_batch for m in range(self.num_microbatches)]
 
     def _read(self, step: int) -> list[Batch]:
+        # All of the step at once: what reading costs per call and source is shared by its micro-batches, which are views.
+        size = self.micro_batch
+        firsts = self.first_samples(step)
+        whole = self.dataset.batch([sample for first in firsts for sample in range(first, first + size)])
         batches = []
-        for first in self.first_samples(step):
-            batch = self.dataset.batch(range(first, first + self.micro_batch))
+        for m, first in enumerate(firsts):
+            batch = {key: value[m * size : (m + 1) * size] for key, value in whole.items()}
             batch["first_sample"] = np.asarray(first, np.int64)
             if self._upload is not None:
                 batch["staged"] = self._upload({key: batch[key] for key in TENSORS})
