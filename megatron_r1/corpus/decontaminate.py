@@ -45,19 +45,16 @@ class Overlap:
         """The first item the text shares n words in a row with, or None. Linear in the text."""
         if not self._grams:
             return None
-        known, n = self._vocabulary, self.ngram
-        run: list[str] = []
+        n, words = self.ngram, list[str]()
         for part in stretches(text):
-            for word in _WORD.findall(part.lower()):
-                # A shared n-gram consists of words of the items only, so most texts never get as far as a look-up.
-                if word not in known:
-                    if run:
-                        run = []
-                    continue
-                run.append(word)
-                if len(run) >= n and (found := self._grams.get(tuple(run[-n:]))) is not None:
+            words = words[len(words) - n + 1 :] + _WORD.findall(part.lower()) if len(words) >= n else words + _WORD.findall(part.lower())
+            # A shared n-gram consists of words of the items only, so most texts never get as far as a look-up.
+            known = bytes(map(self._vocabulary.__contains__, words))
+            at = known.find(b"\1" * n)
+            while at >= 0:
+                if (found := self._grams.get(tuple(words[at : at + n]))) is not None:
                     return found
-            run = run[-n:]
+                at = known.find(b"\1" * n, at + 1)
         return None
 
 

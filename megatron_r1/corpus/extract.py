@@ -26,7 +26,7 @@ import numpy as np
 
 from megatron_r1.corpus import near
 from megatron_r1.corpus.files import InputFile, Stored, sha256
-from megatron_r1.corpus.filters import content_key, group_of
+from megatron_r1.corpus.filters import content_key, group_of, repeated_lines, symbols
 from megatron_r1.corpus.plan import Job, Plan, Unit, lacking
 from megatron_r1.corpus.readers import Bad, read_partition
 from megatron_r1.corpus.scratch import Spool, save, whole
@@ -168,8 +168,8 @@ def _kept(
             dropped["control_lines"] += removed
             document = Document(document.id, document.source, text=text, group=document.group, file=document.file, offset=document.offset)
     content = document.content()
-    if len(content) < item.min_chars:
-        dropped["short"] += 1
+    if (reason := _unfit(item, content)) is not None:
+        dropped[reason] += 1
         return None
     key = content_key(document)
     if seen is not None and (low := int(key[16:], 16)) in seen:
@@ -188,6 +188,20 @@ def _kept(
         length = sum(len(message["content"].strip().encode("utf-8")) for message in document.messages)
         return rules.splitter(group), line | {"messages": list(document.messages)}, key, length
     return rules.splitter(group), line | {"text": text}, key, len((text or "").encode("utf-8"))
+
+
+def _unfit(item: Plan, content: str) -> str | None:
+    """Why a text does not pass the filters of its source, or None."""
+    source = item.source
+    if len(content) < item.min_chars:
+        return "short"
+    if source.max_chars is not None and len(content) > source.max_chars:
+        return "long"
+    if source.max_repeated_lines is not None and repeated_lines(content) > source.max_repeated_lines:
+        return "repeated_lines"
+    if source.max_symbols is not None and symbols(content) > source.max_symbols:
+        return "symbols"
+    return None
 
 
 def _file(file: InputFile) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from megatron_r1.data.document import Document
 
 STRETCH = 1 << 20
 _SPACE = re.compile(r"\s")
+_WORDS_AND_SPACE = re.compile(r"[\w\s]+")
 MIN_CHARS = {"text": 200, "chat": 1}
 
 
@@ -37,3 +38,21 @@ def content_key(document: Document) -> str:
 def group_of(document: Document, key: str | None = None) -> str:
     """The group that decides the split: the document's own, or one that equal texts share in every source."""
     return document.group or f"text:{key or content_key(document)}"
+
+
+def repeated_lines(text: str) -> float:
+    """Share of the characters that stand in lines which came before in the same text; empty lines do not count."""
+    seen: set[str] = set()
+    again = total = 0
+    for line in text.split("\n"):
+        if line := line.strip():
+            total += len(line)
+            if line in seen:
+                again += len(line)
+            seen.add(line)
+    return again / max(1, total)
+
+
+def symbols(text: str) -> float:
+    """Share of the characters that are neither letters, digits, underscores nor white space."""
+    return len(_WORDS_AND_SPACE.sub("", text)) / max(1, len(text))

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -74,16 +74,17 @@ class Workers:
             for worker in self._workers:
                 if worker.task is None and todo:
                     worker.task = todo.popleft()
-                    worker.pipe.send((worker.task.phase, worker.task.name))
-            busy = [worker for worker in self._workers if worker.task]
-            ready = wait([worker.pipe for worker in busy])
+                    # One that died while it waited is noticed below, like one that died at work.
+                    with suppress(OSError):
+                        worker.pipe.send((worker.task.phase, worker.task.name))
+            ready = wait([worker.pipe for worker in self._workers if worker.task])
             for number, worker in enumerate(self._workers):
                 if worker.task is None or worker.pipe not in ready:
                     continue
-                task = worker.task
+                task, worker.task = worker.task, None
                 try:
                     error = worker.pipe.recv()
-                except (EOFError, ConnectionResetError):
+                except (EOFError, OSError):
                     worker.process.join()
                     deaths[task.name] += 1
                     self._died(task, worker.process.exitcode, deaths[task.name])
@@ -92,7 +93,6 @@ class Workers:
                     continue
                 if error is not None:
                     raise error
-                worker.task = None
                 bar.note(task=task.name)
                 bar.advance(task.bytes)
 
@@ -152,7 +152,7 @@ def _work(pipe: Connection, job: Job, parent: int) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ["RAYON_NUM_THREADS"] = "1"
     use_threads(1)
-    desk, at = Desk(job), ""
+    desk, at, tasks = Desk(job), "", dict[str, Task]()
     while True:
         try:
             phase, name = pipe.recv()
@@ -161,9 +161,9 @@ def _work(pipe: Connection, job: Job, parent: int) -> None:
         try:
             if phase != at:
                 desk.turn()
-                at = phase
-            task = next((task for task in desk.tasks(phase) if task.name == name), None)
-            desk.perform(task or Task(phase, name, job.folder / "none", 0))
+                at, tasks = phase, {task.name: task for task in desk.tasks(phase)}
+            # Unknown here: the input has changed meanwhile, which `perform` says.
+            desk.perform(tasks.get(name) or Task(phase, name, job.folder / "none", 0))
             error = None
         except Exception as problem:
             error = _portable(problem)

@@ -3,11 +3,12 @@
 from collections import Counter
 
 import pytest
-from corpus_toys import WORDS
+from corpus_toys import WORDS, config, make, write_jsonl
+from corpus_toys import text as toy
 
 from megatron_r1.corpus.config import SplitConfig
 from megatron_r1.corpus.decontaminate import Overlap, load
-from megatron_r1.corpus.filters import content_key, group_of, stretches
+from megatron_r1.corpus.filters import content_key, group_of, repeated_lines, stretches, symbols
 from megatron_r1.corpus.splits import Splitter
 from megatron_r1.data.document import Document
 from megatron_r1.utils.errors import DataError
@@ -32,6 +33,21 @@ def test_stretches_do_not_change_keys_or_matches(monkeypatch):
     assert content_key(document(text)) == key
     assert overlap.name(text) == "item/1"
     assert overlap.name(" ".join([*words[:9], "not", *words[9:]][:18])) is None
+
+
+def test_shares():
+    assert repeated_lines("menu\ntext\n\n menu \nmenu") == 8 / 16
+    assert repeated_lines("one\n\n\ntwo") == repeated_lines("") == symbols("") == 0
+    assert symbols("a_1 \u00e9\n!?") == 2 / 8
+    assert symbols("{};" * 10) == 1
+
+
+def test_every_filter_has_its_reason(tmp_path):
+    texts = ["tiny", "x" * 500, "menu\n" * 60, "{}; " * 75, *(toy(i) for i in range(4))]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": entry} for entry in texts])
+    source = {"kind": "jsonl", "path": str(path), "domain": "web", "max_chars": 450, "max_repeated_lines": 0.3, "max_symbols": 0.5}
+    artifact = make(tmp_path / "runs", config({"a": source}))
+    assert artifact.manifest.summary["dropped"] == {"a": {"long": 1, "repeated_lines": 1, "short": 1, "symbols": 1}}
 
 
 def test_equal_texts_are_one_group_in_every_source():
