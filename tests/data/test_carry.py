@@ -153,6 +153,21 @@ def test_legs_of_other_shards_are_refused(shards):
             Continued(shards["a"], "a", cursor, SEED, "", {"": None}.__getitem__, length)
 
 
+@given(st.integers(0, 3), st.integers(1, 10), st.floats(0.1, 6))
+@settings(max_examples=30, deadline=None)
+def test_caps_count_passes_since_training_began(shards, epoch, taken, epochs):
+    """With and without a rest: epochs end at whole counts, and a part of one is that part of its blocks."""
+    blocks = TokenStream(shards["a"]).blocks(4)
+    cursor = SourceCursor(epoch=epoch, legs=[Leg(seq_length=4, blocks=blocks, taken=taken)])
+    same, longer = (Continued(shards["a"], "a", cursor, SEED, "", {"": None}.__getitem__, length) for length in (4, 6))
+    assert same.limit(epochs) == int(epochs * blocks + 1e-9)
+    assert same.start == epoch * blocks + taken
+    assert longer.limit(epoch + 1) == longer.rest.blocks
+    assert longer.limit(epoch + 3) == longer.rest.blocks + 2 * longer.blocks
+    order = MixtureOrder({"a": longer.blocks}, {"a": 1.0}, SEED, None, {"a": longer.rest})
+    assert order.position("a", longer.limit(epoch + 3)) == (epoch + 3, 0, 0)
+
+
 ranges = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=12)
 
 

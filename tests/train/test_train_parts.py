@@ -7,9 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from train_toys import make_shards
 
+from megatron_r1.data.shards import ShardSet
+from megatron_r1.train.callbacks.validation import Validation
+from megatron_r1.train.config import ValidationConfig
 from megatron_r1.train.guard import Guard
-from megatron_r1.train.heldout import Document, pack
+from megatron_r1.train.heldout import Document, pack, source_documents
 from megatron_r1.train.rankme import rankme
 from megatron_r1.train.topk_cache import TopKCache
 from megatron_r1.utils.errors import CheckpointError, DataError
@@ -70,6 +74,22 @@ def test_packing_keeps_every_target_once(lengths, seq_length):
     for row in rows.batch["segment_ids"]:
         numbers = [value for value in row.tolist() if value >= 0]
         assert numbers == sorted(numbers)
+
+
+def test_every_source_has_a_curve_and_those_without_held_out_text_are_named(tmp_path, messages):
+    shards = ShardSet.open(make_shards(tmp_path, documents=12))
+    names = list(shards.sources)
+    documents = source_documents(shards, names, 50, 16, 3)
+    assert {document.curve for document in documents} == {f"source/{name}" for name in names}
+    for name in names:
+        mine = [document for document in documents if document.curve == f"source/{name}"]
+        assert 0 < sum(len(document.tokens) - 1 for document in mine) <= 50
+        alone = source_documents(shards, [name], 50, 16, 3)
+        assert [document.tokens.tolist() for document in mine] == [document.tokens.tolist() for document in alone]
+    assert source_documents(shards, names, 0, 16, 3) == []
+    bare = ShardSet.open(make_shards(tmp_path / "bare", documents=2))  # a quarter of two documents: none is held out
+    Validation(ValidationConfig(), bare, None, ["alpha", "beta"], 16, 3)
+    assert any("no held-out documents of alpha, beta" in message for message in messages)
 
 
 # ---------------------------------------------------------------- top-k cache
