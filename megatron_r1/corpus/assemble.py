@@ -243,7 +243,7 @@ def finish(layout: Layout, source: str, split: str, records: list[dict[str, Any]
     write_index(suffixed(prefix, ".idx"), (batch.column("n_tokens").to_numpy() for batch in _batches(layout, source, split)), shape.dtype)
     rows = chain.from_iterable(zip(*(batch.column(name).to_pylist() for name in ROW), strict=True) for batch in _batches(layout, source, split))
     write_documents(suffixed(prefix, ".docs.parquet"), rows, tokenizer)
-    return describe(prefix, sum(record["bytes"] for record in records), shape.masked).plain()
+    return describe(prefix, sum(record["bytes"] for record in records)).plain()
 
 
 def empty() -> SplitRecord:

@@ -13,6 +13,7 @@ Nothing here holds a dataset in memory: writers spill what they must remember, r
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import zlib
 from array import array
@@ -56,6 +57,15 @@ def suffixed(prefix: Path, suffix: str) -> Path:
 def crc_path(path: Path) -> Path:
     """Where the block checksums of a file are."""
     return path.with_name(path.name + ".crc")
+
+
+def file_size(path: Path) -> int | None:
+    """Bytes of a file; None when there is none."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 class BlockSums:
@@ -140,7 +150,7 @@ class BlockReader:
 
     def __init__(self, path: Path, size: int | None = None, check: bool | None = True, crc: int | None = None, fix: str = AGAIN) -> None:
         self.path, self._crc, self.fix = Path(path), crc, fix
-        found = self.path.stat().st_size if self.path.is_file() else None
+        found = file_size(self.path)
         if found is None or size not in (None, found):
             raise DataError(
                 expected=str(path) if size is None else f"{path} with {size} bytes",
@@ -151,7 +161,7 @@ class BlockReader:
         self.checked = crc_path(self.path).is_file() if check is None else check
         if self.checked:
             sums = crc_path(self.path)
-            have = sums.stat().st_size if sums.is_file() else None
+            have = file_size(sums)
             if have != 4 * self.blocks:
                 raise DataError(expected=f"{sums} with {4 * self.blocks} bytes, a checksum for each block", found="no such file" if have is None else f"{have} bytes", fix=fix)
         self._good = bytearray(self.blocks)
@@ -426,9 +436,11 @@ class Index:
         """First token of documents first ... last - 1 in the dataset, and the end of the last: int64[last - first + 1]."""
         if not 0 <= first <= last <= self.documents:
             raise DataError(expected=f"documents within the {self.documents} of {self.path}", found=f"{first} to {last}", fix="count documents with len()")
-        if last < self.documents:
-            return self._starts(first, last + 1) // self.dtype.itemsize
-        return np.append(self._starts(first, last) // self.dtype.itemsize, self.tokens)
+        found = np.empty(last - first + 1, np.int64)
+        known = min(last + 1, self.documents) - first
+        np.floor_divide(self._starts(first, first + known), self.dtype.itemsize, out=found[:known])
+        found[known:] = self.tokens
+        return found
 
     @cached_property
     def _coarse(self) -> np.ndarray:

@@ -288,7 +288,11 @@ class ShardWriter:
     def __init__(self, prefix: Path, vocab_size: int, masked: bool = False, tokenizer: str = "") -> None:
         self.prefix = Path(prefix)
         self._writer = IndexedWriter(self.prefix, token_dtype(vocab_size), masked)
-        self._documents = DocumentsWriter(suffixed(self.prefix, ".docs.parquet"), tokenizer)
+        try:
+            self._documents = DocumentsWriter(suffixed(self.prefix, ".docs.parquet"), tokenizer)
+        except BaseException:
+            self._writer.abandon()
+            raise
 
     def add(
         self, tokens: Sequence[int] | np.ndarray, n_bytes: int, id: str, group: str = "", mask: Sequence[int] | np.ndarray | None = None,

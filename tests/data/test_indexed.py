@@ -1,5 +1,7 @@
 """The file format: what stock megatron.core reads, and what happens to damaged files."""
 
+import zlib
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -13,14 +15,15 @@ from megatron_r1.data.indexed import (
     BlockSums,
     Index,
     IndexedWriter,
+    IndexWriter,
     crc_path,
     read_index,
     token_dtype,
     write_index,
     write_sums,
 )
-from megatron_r1.data.shards import Shard
-from megatron_r1.utils.errors import DataError
+from megatron_r1.data.shards import Shard, ShardWriter
+from megatron_r1.utils.errors import DataError, EnvironmentProblem
 
 LENGTHS = [5, 0, 1, 700, 3]
 
@@ -150,8 +153,6 @@ def test_empty_shard(tmp_path):
 
 
 def test_where_documents_came_from(tmp_path):
-    from megatron_r1.data.shards import ShardWriter
-
     writer = ShardWriter(tmp_path / "train", 1000, tokenizer="ab" * 32)
     for i in range(7):
         writer.add([i] * i, 2 * i, f"id{i}", file=f"file{i % 2}.jsonl", offset=i << 33)
@@ -163,7 +164,7 @@ def test_where_documents_came_from(tmp_path):
 
 def test_rows_give_the_same_bytes_however_they_arrive(tmp_path, monkeypatch):
     from megatron_r1.data import documents
-    from megatron_r1.data.shards import ShardWriter, describe
+    from megatron_r1.data.shards import describe
 
     monkeypatch.setattr(documents, "ROWS", 8)
     lengths = [3, 0, 5] * 9
@@ -212,3 +213,115 @@ def test_finding_documents(tmp_path_factory, lengths, data):
     for token in (-1, index.tokens):
         with pytest.raises(DataError, match="a token within"):
             index.find(token)
+
+
+def test_beyond_four_billion_tokens(tmp_path):
+    """Offsets above 2^32 tokens and 2^33 bytes, in a file of holes: 64 bits all the way, for stock Megatron too."""
+    last = np.arange(1, 8, dtype=np.int32)
+    lengths = [2**30, 0, 2**31 - 1, 2**30 + 300, len(last)]
+    size = 4 * sum(lengths)
+    assert size > 2**34
+    write_index(tmp_path / "a.idx", [np.asarray(lengths)], np.dtype(np.int32))
+    with open(tmp_path / "a.bin", "wb") as stream:
+        stream.seek(size - last.nbytes)
+        stream.write(last.tobytes())
+    sums = np.full(-(-size // BLOCK), zlib.crc32(bytes(BLOCK)), np.uint32)
+    with open(tmp_path / "a.bin", "rb") as stream:
+        stream.seek((len(sums) - 1) * BLOCK)
+        sums[-1] = zlib.crc32(stream.read())
+    write_sums(tmp_path / "a.bin", sums)
+    shard = Shard.at(tmp_path / "a")
+    assert (shard.n_tokens, shard.find(2**32), shard.find(sum(lengths) - 1), shard.checked) == (sum(lengths), 3, 4, True)
+    assert shard.tokens(4).tolist() == last.tolist()
+    assert shard.read(2**32, 5).tolist() == [0] * 5
+    assert shard.windows(np.asarray([0, sum(lengths) - 9, 2**32]), 9)[1].tolist() == [0, 0, *last]
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    stock = indexed.IndexedDataset(str(tmp_path / "a"))
+    assert stock[4].tolist() == last.tolist()
+    assert stock.get(2, offset=2**31 - 4, length=3).tolist() == [0, 0, 0]
+
+
+def test_lengths_that_no_index_can_hold(tmp_path):
+    writer = IndexWriter(tmp_path / "a.idx", np.dtype(np.uint16))
+    for wrong in (2**31, 2**40, -1):
+        with pytest.raises(DataError, match="2\\^31"):
+            writer.add(wrong)
+        with pytest.raises(DataError, match="2\\^31"):
+            writer.extend(np.asarray([1, wrong]))
+    writer.extend(np.full(3, 2**31 - 1))
+    assert (writer.documents, writer.tokens) == (3, 3 * (2**31 - 1))
+    writer.abandon()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("at", "value", "said"), [(18, 2**60, "truncated"), (26, 2**60, "truncated"), (18, 2, "too long"), (17, 6, "dtype code 6"), (9, 2, "version 2")])
+def test_headers_that_promise_too_much(tmp_path, at, value, said):
+    """A count of 2^60 must be compared with the file before memory is asked for."""
+    write_index(tmp_path / "a.idx", [np.asarray([1, 2, 3])], np.dtype(np.uint16))
+    crc_path(tmp_path / "a.idx").unlink()
+    content = bytearray((tmp_path / "a.idx").read_bytes())
+    content[at : at + (1 if at == 17 else 8)] = value.to_bytes(1 if at == 17 else 8, "little")
+    (tmp_path / "a.idx").write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        Index(tmp_path / "a.idx")
+
+
+@pytest.mark.parametrize(("field", "number", "value", "said"), [("<i4", 1, -2, "not negative"), ("<i8", 1, 100, "sums of the lengths"), ("<i4", 2, -5, "not negative"), ("<i8", 2, -2, "not negative")])
+def test_an_index_that_contradicts_itself(tmp_path, field, number, value, said):
+    write_index(tmp_path / "a.idx", [np.asarray([1, 2, 3])], np.dtype(np.uint16))
+    crc_path(tmp_path / "a.idx").unlink()
+    content = bytearray((tmp_path / "a.idx").read_bytes())
+    base = 34 if field == "<i4" else 34 + 12
+    np.frombuffer(content, field, 3, base)[number : number + 1] = value
+    (tmp_path / "a.idx").write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        Index(tmp_path / "a.idx")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("name", ["train.bin", "train.mask", "train.idx.part", "train.docs.parquet.part"])
+def test_a_full_disk_is_said_and_no_dataset_appears(tmp_path, name):
+    (tmp_path / name).symlink_to("/dev/full")
+
+    def write():
+        writer = ShardWriter(tmp_path / "train", 1000, masked=True)
+        try:
+            for i in range(40_000):
+                writer.add([1, 2], 2, f"id{i}", mask=[0, 1])
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
+
+    with pytest.raises(EnvironmentProblem, match="disk is full"):
+        write()
+    assert not (tmp_path / "train.idx").exists()
+    assert not [path for path in tmp_path.glob("*.part") if not path.is_symlink()]
+
+
+def test_memory_does_not_grow_with_documents(tmp_path, monkeypatch):
+    """Lists of a Python object a document would take some 100 bytes each."""
+    import tracemalloc
+
+    from megatron_r1.data import documents
+
+    n, rows = 12_000, 256
+    monkeypatch.setattr(documents, "ROWS", rows)
+    ShardWriter(tmp_path / "imports", 1000).close()
+    tokens = np.arange(3, dtype=np.int32)
+    tracemalloc.start()
+    writer = ShardWriter(tmp_path / "train", 1000)
+    for i in range(n):
+        writer.add(tokens, 9, f"document-{i:012d}", f"group-{i:012d}", file="a.jsonl", offset=50 * i)
+    written = tracemalloc.get_traced_memory()[1]
+    record = writer.close()
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    shard = Shard(tmp_path / "train", record)
+    assert shard.tokens(n - 1).tolist() == [0, 1, 2]
+    assert shard.find(3 * n - 1) == n - 1
+    opened = tracemalloc.get_traced_memory()[1] - before
+    assert shard.ids[n // 2] == f"document-{n // 2:012d}"
+    tracemalloc.stop()
+    assert written < 600 * rows + (1 << 18), written
+    assert opened < 3 * n, opened

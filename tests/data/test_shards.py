@@ -71,6 +71,41 @@ def test_damaged_records(artifact):
         ShardSet.open(artifact.path)
 
 
+def test_ten_thousand_sources_of_one_document(tmp_path):
+    """Neither memory nor descriptors nor maps may run out: a process has some 1,000 and 65,000 of the last two."""
+    import os
+
+    import psutil
+
+    n = 10_000
+    toy_tokenizer(tmp_path / "tokenizer")
+    shard, documents = toy_shard(tmp_path / "one", [3])
+    (tmp_path / "sources").mkdir()
+    records = {}
+    for i in range(n):
+        os.symlink(tmp_path / "one", tmp_path / "sources" / f"s{i}")
+        records[f"s{i}"] = {"name": f"s{i}", "domain": "web", "splits": {"train": shard.record.plain()}}
+    (tmp_path / "sources.json").write_text(json.dumps({"schema_version": 2, "sources": records}))
+    before = [len(os.listdir("/proc/self/fd")), len(open("/proc/self/maps").readlines())]  # noqa: SIM115
+    memory = psutil.Process().memory_info().rss
+    shards = ShardSet.open(tmp_path)
+    for name in shards.sources:
+        assert shards.split(name).tokens(0).tolist() == documents[0].tolist()
+    used = psutil.Process().memory_info().rss - memory
+    after = [len(os.listdir("/proc/self/fd")), len(open("/proc/self/maps").readlines())]  # noqa: SIM115
+    assert after[0] < before[0] + 10
+    assert after[1] < before[1] + 100
+    assert used < n * 16_000, used
+
+
+def test_shards_of_another_format(artifact):
+    path = artifact.path / "sources.json"
+    path.write_text(path.read_text().replace("{", '{"schema_version": 1, ', 1))
+    with pytest.raises(ArtifactError, match="format 1") as error:
+        ShardSet.open(artifact.path)
+    assert "run the same command again" in error.value.fix
+
+
 def test_importing_data_needs_no_torch():
     import subprocess
     import sys
