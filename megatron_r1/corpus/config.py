@@ -26,7 +26,7 @@ class SourceConfig(Frozen):
     prompt_template: str | None = Field(None, description="format chat: the user's turn made of fields, such as '{question}'; together with response_template instead of messages_field")
     response_template: str | None = Field(None, description="format chat: the assistant's turn made of fields, such as '{answer}'")
     id_field: str | None = Field(None, description="jsonl, parquet: field with a unique document id; an id that was used before is bad input. By default see ids")
-    ids: Literal["position", "content"] = Field("position", description="without id_field: position is file and byte (row of a Parquet file; record id of a WARC file), content a hash of the words, the same wherever the text stands")
+    ids: Literal["position", "content"] = Field("position", description="without id_field: position is file and byte (row of a Parquet file; the record's id of a WARC file), content a hash of the words, the same wherever the text stands")
     group_field: str | None = Field(None, description="jsonl, parquet: field that groups documents (a problem, an author); a group never straddles splits. By default equal texts are a group")
     document: Literal["file", "paragraph", "line"] = Field("file", description="text: what one document is; paragraphs are separated by empty lines")
     domain: Domain | None = Field(None, description="kind of content; own files must say it, embedded corpora know it")
@@ -41,6 +41,11 @@ class SourceConfig(Frozen):
     expected_tokens: Tokens | None = Field(None, description="tokens the source is known to hold, held-out ones included; for planning only (epochs and bytes of --dry-run), never checked")
     expected_documents: Samples | None = Field(None, description="documents the source is known to hold, held-out ones included; for planning only, never checked")
     required: bool = Field(False, description="embedded: an error when the corpus can not be had; by default it is left out, loudly, and recorded")
+
+    @property
+    def given_ids(self) -> bool:
+        """Whether ids come from the input itself, so that one may repeat: the first document keeps it, later ones are bad input."""
+        return self.id_field is not None or (self.kind == "warc" and self.ids == "position")
 
     @model_validator(mode="after")
     def _consistent(self) -> SourceConfig:

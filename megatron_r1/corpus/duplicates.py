@@ -42,7 +42,7 @@ def _parts(job: Job, search: str) -> list[Part]:
         return []
     return [
         part for part in job.parts if part.documents
-        and (job.plans[part.source].source.id_field is not None if search == "ids" else job.plans[part.source].source.deduplicate)
+        and (job.plans[part.source].source.given_ids if search == "ids" else job.plans[part.source].source.deduplicate)
     ]
 
 

@@ -116,7 +116,7 @@ def _part(job: Job, item: Plan, items: Iterator[tuple[Document | Bad, int, Place
                 place = int.from_bytes(hashlib.sha256(f"{item.name}/{made.id}".encode()).digest()[:8], "big")
                 rows.append((SPLITS.index(split), length, place))
                 keys.append(bytes.fromhex(key))
-                if item.source.id_field is not None:
+                if item.source.given_ids:
                     ids.append(hashlib.sha256(made.id.encode()).digest()[:16])
                 if job.config.near_duplicates is not None:
                     sketches.append(near.sketch(made.content(), job.config.near_duplicates.ngram))
@@ -133,7 +133,7 @@ def _part(job: Job, item: Plan, items: Iterator[tuple[Document | Bad, int, Place
     docs = np.array(rows, DOCS)
     save(path.with_name(f"{path.name}.docs.npy"), docs)
     save(path.with_name(f"{path.name}.keys.npy"), sorted_keys(keys))
-    if item.source.id_field is not None:
+    if item.source.given_ids:
         save(path.with_name(f"{path.name}.ids.npy"), sorted_keys(ids))
     if job.config.near_duplicates is not None:
         bands, signatures = near.bands(sketches, job.config.near_duplicates.threshold)

@@ -12,6 +12,8 @@ import os
 import posixpath
 import re
 import stat
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +24,14 @@ from pydantic import Field
 from megatron_r1.config.base import Frozen
 from megatron_r1.corpus.config import SourceConfig
 from megatron_r1.utils.errors import DataError, EnvironmentProblem, R1Error
+from megatron_r1.utils.logging import get_logger
 
+log = get_logger("corpus.files")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 ENDINGS = {"jsonl": (".jsonl", ".json", ".ndjson"), "text": (".txt", ".text", ".md", ".rst", ".py"), "parquet": (".parquet",), "warc": (".warc", ".wet")}
 BLOCK = 1 << 20
+WAITS = (1.0, 5.0, 20.0)
+"""Seconds before a read that failed is tried again."""
 VERSIONS = ("ETag", "etag", "oid", "blob_id", "sha256", "md5Hash", "generation")
 """What file systems call that which changes when a file does; the first they know is taken, or else a time."""
 TIMES = ("LastModified", "last_modified", "mtime", "modified", "created")
@@ -87,12 +93,16 @@ def check_unchanged(file: InputFile) -> None:
 
 class Stored(io.RawIOBase):
     """The bytes of an input file as stored. Opening, reading and seeking raise DataError when the file is gone and
-    EnvironmentProblem for what else is the machine's or the store's fault, so that neither is taken for damage."""
+    EnvironmentProblem for what else is the machine's or the store's fault, so that neither is taken for damage. A store
+    that fails is asked again, after WAITS."""
 
     def __init__(self, file: InputFile) -> None:
-        self._path = file.path
-        with _access(file.path):
-            self._stream: IO[bytes] = _filesystem(file.path).open(_bare(file.path), "rb", block_size=8 * BLOCK) if remote(file.path) else io.FileIO(file.path)
+        self._path, self._position = file.path, 0
+        self._stream: IO[bytes] = self._open()
+
+    def _open(self) -> IO[bytes]:
+        with _access(self._path):
+            return _filesystem(self._path).open(_bare(self._path), "rb", block_size=8 * BLOCK) if remote(self._path) else io.FileIO(self._path)
 
     def readable(self) -> bool:
         """Yes."""
@@ -104,8 +114,20 @@ class Stored(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """Up to `size` bytes; none at the end."""
-        with _access(self._path):
-            return self._stream.read(size)
+        waits = list(WAITS) if remote(self._path) else []
+        while True:
+            try:
+                with _access(self._path):
+                    block = self._stream.read(size)
+                self._position += len(block)
+                return block
+            except EnvironmentProblem as problem:
+                if not waits:
+                    raise
+                log.warning("%s: byte %d could not be read (%s), trying again", self._path, self._position, problem.found)
+                time.sleep(waits.pop(0))
+                self._stream = self._open()
+                self.seek(self._position)
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer as far as it goes; returns bytes."""
@@ -116,11 +138,12 @@ class Stored(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to a byte."""
         with _access(self._path):
-            return self._stream.seek(offset, whence)
+            self._position = self._stream.seek(offset, whence)
+        return self._position
 
     def tell(self) -> int:
         """The present byte."""
-        return self._stream.tell()
+        return self._position
 
     def close(self) -> None:
         """Close the file below."""
@@ -236,7 +259,11 @@ def _named(found: list[tuple[str, int, str]]) -> list[InputFile]:
         root = posixpath.commonpath(folders) if folders else ""
     except ValueError:  # absolute and relative ones
         root = ""
-    return [InputFile(name=posixpath.relpath(name, root) if root else name, path=path, size=size, stamp=stamp) for name, (path, size, stamp) in zip(bare, found, strict=True)]
+    files = [InputFile(name=posixpath.relpath(name, root) if root else name, path=path, size=size, stamp=stamp) for name, (path, size, stamp) in zip(bare, found, strict=True)]
+    twice = [name for name, count in Counter(file.name for file in files).items() if count > 1]
+    if twice:
+        raise DataError(expected="input files with names of their own (ids are made of them)", found=f"{twice[0]} more than once", fix="name every file once; of addresses only the part before ? counts")
+    return files
 
 
 def _filesystem(path: str) -> Any:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from corpus_toys import config, make, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,7 @@ from megatron_r1.corpus.files import describe, find_files
 from megatron_r1.corpus.items import Bad
 from megatron_r1.corpus.partitions import plan_partitions
 from megatron_r1.corpus.readers import read, read_partition
+from megatron_r1.data.shards import ShardSet
 from megatron_r1.utils.errors import DataError, EnvironmentProblem
 
 ZSTD = zstandard.ZstdCompressor(write_checksum=True).compress
@@ -329,6 +331,13 @@ def test_ids_by_content(tmp_path):
         source("text", id_field="x")
 
 
+def test_one_file_twice(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line("x"))
+    with pytest.raises(DataError, match=r"a\.jsonl more than once"):
+        describe([path, path])
+
+
 def test_a_reader_that_is_left_early_closes_its_file(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(line("x") * 10)
@@ -355,3 +364,22 @@ def test_a_pipe_is_no_file(tmp_path):
     asking.start()
     asking.join(10)
     assert done
+
+
+def test_the_whole_stage_on_a_file_cut_off(tmp_path):
+    """What is whole is in the shards, the damage is in the quarantine and counts as bad input."""
+    records = b"".join(line(text(i)) for i in range(200))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl.zst").write_bytes(ZSTD(records))
+    packed = gzip.compress(b"".join(line(text(i)) for i in range(200, 400)))
+    (tmp_path / "in" / "b.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    parquet(tmp_path / "c.parquet", {"text": [text(i) for i in range(400, 500)]}, row_group_size=30)
+    sources = {"cut": {"kind": "jsonl", "path": str(tmp_path / "in"), "domain": "web"}, "rows": {"kind": "parquet", "path": str(tmp_path / "c.parquet"), "domain": "web"}}
+    artifact = make(tmp_path / "runs", config(sources, max_bad_ratio=0.5))
+    (damage,) = map(json.loads, artifact.file("quarantine/cut.jsonl").read_text().splitlines())
+    assert (damage["file"], "cut off" in damage["reason"]) == ("b.jsonl.gz", True)
+    shards = ShardSet.open(artifact)
+    kept = sum(shards.split("cut", split).record.documents for split in ("train", "probe", "test"))
+    assert 220 < kept < 400
+    assert damage["offset"] == sum(len(line(text(i))) for i in range(200, kept))
+    assert sum(shards.split("rows", split).record.documents for split in ("train", "probe", "test")) == 100

@@ -89,17 +89,27 @@ def test_a_file_that_changes_or_goes(memory):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_connection_that_breaks_is_not_damage(memory, monkeypatch, kind):
-    """It must not end in the quarantine: the next run reads on."""
+@pytest.mark.parametrize("failures", [2, 100])
+def test_a_connection_that_breaks_is_not_damage(memory, monkeypatch, kind, failures):
+    """It is tried again, and if that does not help it must not end in the quarantine: the next run reads on."""
+    monkeypatch.setattr("megatron_r1.corpus.files.WAITS", (0.0, 0.0, 0.0))
     fill(memory, "")
     files = describe([f"memory://data/{'a.jsonl' if kind == 'jsonl' else 'c.parquet'}"])
     from fsspec.implementations.memory import MemoryFile
 
-    class Broken(MemoryFile):
-        def read(self, size=-1):
-            raise ConnectionResetError(104, "Connection reset by peer")
+    inner, left = MemoryFile.read, [failures]
 
-    monkeypatch.setattr(MemoryFile, "read", Broken.read)
+    def read_(self, size=-1):
+        left[0] -= 1
+        if left[0] < 0:
+            return inner(self, size)
+        inner(self, 3)
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(MemoryFile, "read", read_)
+    if failures < 3:
+        assert len([made for made, _ in read("s", source("x", kind), files)]) == (50 if kind == "jsonl" else 30)
+        return
     with pytest.raises(EnvironmentProblem, match="Connection reset") as error:
         list(read("s", source("x", kind), files))
     assert "network" in error.value.fix
