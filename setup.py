@@ -134,6 +134,8 @@ setup(
         # The corpus stage on many machines (tools/preprocess_cluster.py).
         "cluster": ["datatrove>=0.10", "ray>=2.40"],
         "gpu": ["transformer-engine[pytorch]", "nvidia-dali-cuda120"],
+        "warc": ["fastwarc>=2.0", "resiliparse>=2.0"],
+        "stores": ["s3fs", "aiohttp"],  # s3:// and https://; hf:// comes with transformers
         "tests": requirements("tests.txt"),
     },
     entry_points={"console_scripts": ["megatron-r1=megatron_r1.cli:main"]},
