@@ -45,7 +45,7 @@ PHASES = ("extract", *duplicates.SEARCHES, "decide", "tokenizer", "tokenise", "m
 def phases(config: CorpusConfig) -> list[str]:
     """Those that these settings need, in order."""
     needless = {
-        "ids": all(source.id_field is None for source in config.sources.values()), "near": config.near_duplicates is None, "measure": not config.shuffle,
+        "ids": not any(source.given_ids for source in config.sources.values()), "near": config.near_duplicates is None, "measure": not config.shuffle,
     }
     return [phase for phase in PHASES if not needless.get(phase)]
 
