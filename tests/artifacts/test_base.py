@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,33 @@ def test_complete_artifact_round_trip(tmp_path: Path) -> None:
     assert opened.manifest.summary == {"tokens": 256}
     assert not (made.path / "tmp").exists()
     assert made.path.name == f"corpus-{made.fingerprint[:8]}"
+
+
+@pytest.mark.parametrize("name", ["rmtree", "rename"])
+def test_killed_while_it_is_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Scratch stays until the manifest is written; from then on all that is left is to finish the seal."""
+    class Killed(BaseException):
+        pass
+
+    def die(*arguments: object, **more: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(shutil if name == "rmtree" else os, name, die)
+    with pytest.raises(Killed):
+        make(tmp_path)
+    monkeypatch.undo()
+    work = open_workspace(tmp_path, "corpus", "shards", {"x": 1})
+    sealed = work.sealed()
+    assert sealed is not None
+    assert list(open_artifact(sealed.path, "shards", verify="full").manifest.files) == ["data/payload.bin"]
+    assert not list(tmp_path.glob("*.partial"))
+    assert open_workspace(tmp_path, "corpus", "shards", {"x": 2}).sealed() is None
+
+
+def test_what_a_killed_process_was_writing_is_no_payload(tmp_path: Path) -> None:
+    work = open_workspace(tmp_path, "corpus", "shards", {"x": 1})
+    (work.path / ".sources.json.77.tmp").write_text("half")
+    assert list(make(tmp_path).manifest.files) == ["data/payload.bin"]
 
 
 def test_unfinished_work_is_not_an_artifact_and_is_found_again(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import builtins
 import errno
+import gzip
 import json
 import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from corpus_toys import config, contents, line_offsets, make, text, write_jsonl
 from hypothesis import given, settings
@@ -206,6 +209,66 @@ def test_shuffled_and_not(tmp_path, files):
         assert documents(plain, source) == documents(shuffled, source) == documents(seeded, source)
         orders = [list(documents(artifact, source)) for artifact in (plain, shuffled, seeded)]
         assert orders[0] != orders[1] != orders[2]
+
+
+def test_a_compressed_file_goes_on_after_its_last_part(tmp_path, files, monkeypatch):
+    cut(monkeypatch)
+    packed = tmp_path / "raw" / "news.jsonl.gz"
+    packed.write_bytes(gzip.compress(Path(files["news"]["path"]).read_bytes()))
+    settings_ = config({"news": {**files["news"], "path": str(packed)}})
+    expected = contents(make(tmp_path / "whole", settings_).path)
+    real, asked = extracting.read_partition, []
+
+    def noting(source, partition, given, resume=None):
+        for number, item in enumerate(real(source, partition, given, resume)):
+            if not asked and number == 100:
+                asked.append(resume)
+                raise Killed
+            yield item
+        asked.append(resume)
+
+    monkeypatch.setattr(extracting, "read_partition", noting)
+    with pytest.raises(Killed):
+        make(tmp_path / "again", settings_)
+    parts = list((tmp_path / "again").glob("*.partial/tmp/extract/news/*/part-*.json"))
+    assert len(parts) > 1
+    assert contents(make(tmp_path / "again", settings_).path) == expected
+    assert asked[0] is None
+    assert asked[1] > 0
+
+
+def test_max_bytes_however_the_work_is_cut(tmp_path, files, monkeypatch):
+    """What is kept depends on what came before: repeated texts do not count, in whichever partition they are."""
+    write_jsonl(tmp_path / "raw" / "news.jsonl", [{"text": text(i % 60), "author": f"a{i % 20}"} for i in range(200)])
+    settings_ = config({"news": files["news"] | {"max_bytes": "16 kB"}})
+    whole = make(tmp_path / "whole", settings_)
+    cut(monkeypatch)
+    parts = make(tmp_path / "parts", settings_)
+    assert documents(whole) == documents(parts)
+    record = ShardSet.open(parts).sources["news"]
+    assert 16_000 <= sum(entry.bytes for entry in record.splits.values()) < 16_600
+    assert record.dropped == ShardSet.open(whole).sources["news"].dropped
+
+
+def test_sigterm_stops_the_workers(tmp_path, files, monkeypatch):
+    """The process ends with the signal's status, its workers with it, and the next one finishes the work."""
+    write_jsonl(tmp_path / "raw" / "news.jsonl", [{"text": text(i, 4000), "author": f"a{i}"} for i in range(3000)])
+    settings_ = config(files, workers=2)
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, json\nfrom pathlib import Path\nfrom corpus_toys import make, CorpusConfig\n"
+        "if __name__ == '__main__': make(Path(sys.argv[1]), CorpusConfig.model_validate(json.loads(sys.argv[2])))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.Popen([sys.executable, script, str(tmp_path / "runs"), json.dumps(settings_.plain())], env=env, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / "runs").rglob(".part-*.tmp")):
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children()
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert len(children) >= 2
+    assert not psutil.wait_procs(children, timeout=20)[1]
+    assert not list((tmp_path / "runs").glob("*/manifest.json"))
 
 
 @pytest.mark.parametrize("workers", [2, 3])
