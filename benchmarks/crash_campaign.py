@@ -142,7 +142,7 @@ def contents(folder: Path) -> tuple[dict[str, Any], set[str]]:
                 found[name] = without
                 timed.add(name)
     for name in [name for name in found if name.endswith("checksums.json")]:
-        sums = io.read_json(folder / name)
+        sums = io.read_json(folder / name)["files"]
         found[name] = {key: value for key, value in sums.items() if f"{Path(name).parent.as_posix()}/{key}" not in timed}
     return found, timed
 
