@@ -1,15 +1,18 @@
 """WARC and WET: pages become their text, records keep their ids, and damage is one line of the quarantine."""
 
 import gzip
+import json
 import sys
 
 import pytest
+from corpus_toys import config, make, text
 
 from megatron_r1.corpus.config import SourceConfig
 from megatron_r1.corpus.files import describe, find_files
 from megatron_r1.corpus.items import Bad
 from megatron_r1.corpus.partitions import plan_partitions
 from megatron_r1.corpus.readers import read_partition
+from megatron_r1.data.shards import ShardSet
 from megatron_r1.utils.errors import EnvironmentProblem
 
 SOURCE = SourceConfig(kind="warc", path="x", domain="web")
@@ -114,3 +117,17 @@ def test_without_the_libraries(tmp_path, monkeypatch):
     with pytest.raises(EnvironmentProblem, match="pip install fastwarc resiliparse"):
         items(path)
     assert [file.name for file in find_files("s", SOURCE.model_copy(update={"path": str(tmp_path)}))] == ["x.wet"]
+
+
+@pytest.mark.usefixtures("libraries")
+def test_the_whole_stage_and_record_ids_that_repeat(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, first in (("a", 0), ("b", 39)):
+        records = [record("conversion", f"id-{i}", (text(i) + name).encode()) for i in range(first, first + 40)]
+        (tmp_path / "in" / f"{name}.warc.wet.gz").write_bytes(b"".join(map(gzip.compress, records)))
+    artifact = make(tmp_path / "runs", config({"web": {"kind": "warc", "path": str(tmp_path / "in"), "domain": "web"}}, max_bad_ratio=0.1))
+    shards = ShardSet.open(artifact)
+    ids = [identity for split in ("train", "probe", "test") for identity in shards.split("web", split).ids]
+    assert sorted(ids) == sorted(f"id-{i}" for i in range(79))
+    (again,) = map(json.loads, artifact.file("quarantine/web.jsonl").read_text().splitlines())
+    assert (again["file"], again["offset"], "'id-39' was used before" in again["reason"]) == ("b.warc.wet.gz", 0, True)
