@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from megatron_r1.corpus import streams
+from megatron_r1.corpus import fields, streams
 from megatron_r1.corpus.config import SourceConfig
 from megatron_r1.corpus.files import Stored, describe
 from megatron_r1.corpus.readers import read
@@ -47,6 +47,9 @@ def generate(folder: Path, megabytes: int) -> dict[str, Path]:
     for suffix, compress in packed.items():
         files[f"jsonl{suffix}"] = folder / f"a.jsonl{suffix}"
         files[f"jsonl{suffix}"].write_bytes(compress(lines))
+    code = 'def f(x):\n    """doc\t\\"""\n    return {"a": [x, 1]}\n' * 60
+    files["jsonl of code"] = folder / "code.jsonl"
+    files["jsonl of code"].write_text("".join(json.dumps({"text": code, "id": i}) + "\n" for i in range((megabytes << 20) // len(code))))
     files["parquet"] = folder / "a.parquet"
     pq.write_table(pa.table({"text": texts, "url": [f"https://example.org/{i}" for i in range(len(texts))]}), files["parquet"], compression="zstd", row_group_size=10_000)
     return files
@@ -96,8 +99,9 @@ def main() -> None:
     files = generate(args.folder, args.megabytes)
     lines = files["jsonl"].read_bytes().splitlines()
     size = files["jsonl"].stat().st_size
+    sizes = {"jsonl of code": files["jsonl of code"].stat().st_size}
     for name, path in files.items():
-        measure(f"read {name}", size, lambda name=name, path=path: count(name.split(".")[0], path))
+        measure(f"read {name}", sizes.get(name, size), lambda name=name, path=path: count("parquet" if name == "parquet" else "jsonl", path))
     with Stored(describe([files["jsonl"]])[0]) as stream:
         measure("only split into lines", size, lambda: sum(1 for _ in streams.lines(streams.blocks(stream, ""), 0)))
     measure("only json.loads", size, lambda: sum(len(json.loads(line)) for line in lines))
@@ -107,6 +111,11 @@ def main() -> None:
         import orjson
 
         measure("only orjson.loads", size, lambda: sum(len(orjson.loads(line)) for line in lines))
+        parse = fields.parse
+        fields.parse = lambda line, _offset: orjson.loads(line)
+        for name in ("jsonl", "jsonl of code"):
+            measure(f"read {name} with orjson", sizes.get(name, size), lambda name=name: count("jsonl", files[name]))
+        fields.parse = parse
     except ImportError:
         print(json.dumps({"case": "only orjson.loads", "missing": "pip install orjson"}))
     try:
