@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -184,36 +187,42 @@ def test_the_documents_that_score_highest_stay(shards: Artifact, folder: Path, t
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(shards: Artifact, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that SIGKILL themselves, one after the other in the same workspace, when a part is computed and its file not yet in place."""
     monkeypatch.setattr("megatron_r1.probe.scores.PART", 16)
-    whole = make(probe_config(folder), shards, tmp_path / "whole")
+    config = probe_config(folder)
     asked: list[int] = []
-    ask = Judge.ask
+    ask, replace = Judge.ask, os.replace
 
-    def dying(self: Judge, texts: list[str], questions: list[Question]) -> tuple[np.ndarray, np.ndarray]:
-        if len(asked) == 7:
-            raise KeyboardInterrupt
+    def counting(self: Judge, texts: list[str], questions: list[Question]) -> tuple[np.ndarray, np.ndarray]:
         asked.append(len(texts))
         return ask(self, texts, questions)
 
-    monkeypatch.setattr(Judge, "ask", dying)
-    with pytest.raises(KeyboardInterrupt):
-        make(probe_config(folder), shards, tmp_path / "killed")
-    finished = sum(asked)
-    again: list[int] = []
-
-    def counting(self: Judge, texts: list[str], questions: list[Question]) -> tuple[np.ndarray, np.ndarray]:
-        again.append(len(texts))
-        return ask(self, texts, questions)
+    def dying(*paths: str, moments: Iterator[int]) -> None:
+        if next(moments, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
 
     monkeypatch.setattr(Judge, "ask", counting)
-    resumed = make(probe_config(folder), shards, tmp_path / "killed")
+    whole = make(config, shards, tmp_path / "whole")
+    every, parts = sum(asked), len(asked)
+    done = 0
+    for moment in (3, 4, parts // 2):
+        child = os.fork()
+        if child == 0:
+            os.replace = partial(dying, moments=iter(range(1, moment)))  # type: ignore[assignment]
+            make(config, shards, tmp_path / "killed")
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        done += moment - 1
+    finished = list((tmp_path / "killed").rglob("*.npy"))
+    assert len(finished) == done
+    asked.clear()
+    resumed = make(config, shards, tmp_path / "killed")
     assert resumed == whole
     files = [next((tmp_path / name).glob("probe-*/probe.json")).read_bytes() for name in ("whole", "killed")]
     assert files[0] == files[1]
-    again_from_scratch: list[int] = again.copy()
-    again.clear()
-    make(probe_config(folder), shards, tmp_path / "third")
-    assert sum(again_from_scratch) == sum(again) - finished
+    assert 0 < sum(asked) < every
+    assert len(asked) == parts - done
 
 
 def test_another_judge_in_the_same_folder_is_asked_anew(shards: Artifact, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
