@@ -152,11 +152,12 @@ def _gathered(layout: Layout, shape: Shape, number: int, count: int) -> tuple[An
     lengths = table["n_tokens"].to_numpy()
     order = np.argsort(table["order"].to_numpy(), kind="stable")
     starts = np.cumsum(lengths) - lengths
-    taken = np.repeat(starts[order] - (np.cumsum(lengths[order]) - lengths[order]), lengths[order]) + np.arange(int(lengths.sum()))
-    tokens, masks = (
-        np.concatenate([part[which] for part in found])[taken] if found and (which == 1 or shape.masked) else np.zeros(0, kind)
-        for which, kind in ((1, shape.dtype), (2, np.uint8))
-    )
+    arrays = []
+    for which, kind in ((1, shape.dtype), (2, np.uint8)):
+        whole = np.concatenate([part[which] for part in found]) if found and (which == 1 or shape.masked) else np.zeros(0, kind)
+        # Slices, not an array of places: that would be four times the tokens.
+        arrays.append(np.concatenate([np.zeros(0, kind), *(whole[starts[i] : starts[i] + lengths[i]] for i in order)]) if len(whole) else whole)
+    tokens, masks = arrays
     return table.take(order), tokens, masks if shape.masked else None
 
 
