@@ -1,6 +1,6 @@
 """How fast input files become documents, and what other parsers and decompressors would change.
 
-    python benchmarks/bench_read.py --megabytes 200 --folder /tmp/bench_read
+    python benchmarks/bench_read.py --megabytes 200 --folder scratch
 
 Prints one JSON line a case: MB/s of content on one core (CPU seconds, best of three) and documents. The files are generated, the same
 in every run. orjson and isal are measured where they are installed; the readers use neither.
