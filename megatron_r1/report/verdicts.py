@@ -60,7 +60,7 @@ def judge(run: Run, shuffled: str | None = None) -> tuple[Verdict, ...]:
     """
     return (
         _shuffled_does_not_help(run, run.influences[:1], shuffled),
-        _shuffled_weight_zero(run, shuffled),
+        _shuffled_at_the_floor(run, shuffled),
         _ahead_in_influence(run, run.influences[:1]),
         _ahead_in_weight(run),
         *_measured_again(run, shuffled),
@@ -95,14 +95,16 @@ def _shuffled_does_not_help(run: Run, influences: Sequence[Influence], name: str
     return Verdict(key, claim, _status(good, bad), detail + (f" ({_join(bad)})" if bad else "") + f", {count - below - len(bad)} neither.")
 
 
-def _shuffled_weight_zero(run: Run, name: str | None) -> Verdict:
-    key, claim = "shuffled_weight", "Shuffled text gets no place in any influence mixture"
+def _shuffled_at_the_floor(run: Run, name: str | None) -> Verdict:
+    key, claim = "shuffled_weight", "Shuffled text gets no more than the smallest share of any influence mixture"
     found = [(m, s) for m in run.mixtures if _from_influence(m) for s in shuffled_sources(run, name) if s in m.weights]
     if not found:
         return Verdict(key, claim, "absent", "No influence mixture over a shuffled source is among the inputs.")
-    good = [f"{m.step}" for m, s in found if m.weights[s] <= ZERO_WEIGHT]
-    bad = [f"{m.step} ({100 * m.weights[s]:.2g} %)" for m, s in found if m.weights[s] > ZERO_WEIGHT]
-    return Verdict(key, claim, _status(good, bad), f"Weight above zero in {_join(bad)}." if bad else f"Weight 0 in {_join(good)}.")
+    good, bad = [], []
+    for mixture, source in found:
+        said = f"{mixture.step} ({100 * mixture.weights[source]:.2g} %)"
+        (good if mixture.weights[source] <= mixture.floor + ZERO_WEIGHT else bad).append(said)
+    return Verdict(key, claim, _status(good, bad), f"More in {_join(bad)}." if bad else f"Its share: {_join(good)}.")
 
 
 def probed_sources(run: Run) -> dict[str, tuple[str, ...]]:

@@ -32,7 +32,7 @@ def test_all_hold_in_the_good_run(good: dict[str, Verdict]) -> None:
         ({"shuffled": 0.4}, "shuffled_benefit", "not ok", "code (influence1)"),
         ({"again": 0.4}, "measured_again", "partly", "word frequencies"),
         ({"shuffled": 1.6}, "ahead_influence", "not ok", "stdlib on code (influence1)"),
-        ({"noise": 0.001}, "shuffled_weight", "partly", "mix1 ("),
+        ({"noise": 0.01}, "shuffled_weight", "partly", "mix1 ("),
         ({"noise": 5.0}, "ahead_weight", "partly", "champ (mix1)"),
         ({"gain": -0.2}, "beats_uniform", "not ok", "code 5.2"),
         ({"sft": 0.06}, "sft_above_base", "not ok", "11.0 % against 10.0 % of 600 questions"),
@@ -84,8 +84,8 @@ def test_unequal_tokens_are_no_evidence(tmp_path: Path) -> None:
     assert verdicts(run)["beats_uniform"].status == "absent"
 
 
-def test_weight_above_zero_in_every_mixture_is_a_plain_no(tmp_path: Path) -> None:
-    run = whole_run(tmp_path, noise=0.001)
+def test_weight_above_the_floor_in_every_mixture_is_a_plain_no(tmp_path: Path) -> None:
+    run = whole_run(tmp_path, noise=0.01)
     del run.artifacts["mix2"]
     assert verdicts(run)["shuffled_weight"].status == "not ok"
 
