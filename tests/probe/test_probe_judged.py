@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -186,33 +184,50 @@ def test_the_documents_that_score_highest_stay(shards: Artifact, folder: Path, t
     assert {document.index for document in probe.capabilities["math"].documents} == set(np.argsort(scores)[-10:].tolist())
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+here, shards, judge, target, moment = sys.argv[1:]
+sys.path.insert(0, here)
+import test_probe_judged as tests
+from megatron_r1.artifacts.base import open_artifact
+from megatron_r1.probe import scores
+
+scores.PART = 16
+left, replace = int(moment) - 1, os.replace
+
+def dying(*paths):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    replace(*paths)
+
+os.replace = dying
+tests.make(tests.probe_config(Path(judge)), open_artifact(shards), Path(target))
+"""
+
+
 def test_a_killed_run_goes_on_and_ends_the_same(shards: Artifact, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that SIGKILL themselves, one after the other in the same workspace, when a part is computed and its file not yet in place."""
     monkeypatch.setattr("megatron_r1.probe.scores.PART", 16)
     config = probe_config(folder)
     asked: list[int] = []
-    ask, replace = Judge.ask, os.replace
+    ask = Judge.ask
 
     def counting(self: Judge, texts: list[str], questions: list[Question]) -> tuple[np.ndarray, np.ndarray]:
         asked.append(len(texts))
         return ask(self, texts, questions)
 
-    def dying(*paths: str, moments: Iterator[int]) -> None:
-        if next(moments, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(*paths)
-
     monkeypatch.setattr(Judge, "ask", counting)
     whole = make(config, shards, tmp_path / "whole")
     every, parts = sum(asked), len(asked)
     done = 0
-    for moment in (3, 4, parts // 2):
-        child = os.fork()
-        if child == 0:
-            os.replace = partial(dying, moments=iter(range(1, moment)))  # type: ignore[assignment]
-            make(config, shards, tmp_path / "killed")
-            os._exit(0)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    for moment in (3, parts // 2):
+        # A new interpreter, no fork: threads that tokenised in this one would leave locks behind in its copy.
+        command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(shards.path), str(folder), str(tmp_path / "killed"), str(moment)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
         done += moment - 1
     finished = list((tmp_path / "killed").rglob("*.npy"))
     assert len(finished) == done
