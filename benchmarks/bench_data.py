@@ -29,12 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import result_rows
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results" / "data.jsonl"
 DOCS = ROOT / "docs" / "data.md"
-BEGIN, END = "<!-- table: python benchmarks/bench_data.py --write-docs -->", "<!-- end of table -->"
+BEGIN = "<!-- table: python benchmarks/bench_data.py --write-docs -->"
 PARTS = ("startup", "access", "loader", "packing", "dali")
 SAMPLES, SOURCES, WINDOW = 2_100_000_000, 10_000, 2049
 H100_TOKENS = 500_000
@@ -396,18 +397,6 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def stored() -> list[Row]:
-    """All rows so far."""
-    return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()] if RESULTS.exists() else []
-
-
-def write_docs() -> None:
-    """Replace the table in docs/data.md."""
-    text = DOCS.read_text("utf-8")
-    before, _, rest = text.partition(BEGIN)
-    DOCS.write_text(f"{before}{BEGIN}\n\n{table(stored())}\n\n{END}{rest.partition(END)[2]}", "utf-8")
-
-
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -423,7 +412,7 @@ def main() -> int:
         startup_child(options.child[0], options.child[1], int(options.child[2]))
         return 0
     if options.write_docs:
-        write_docs()
+        result_rows.write_table(RESULTS, DOCS, BEGIN, table)
         return 0
     from megatron_r1.utils import machine
 
@@ -440,10 +429,7 @@ def main() -> int:
                 rows.append(common | found)
                 print(json.dumps(found), flush=True)
     if not (options.quick or options.no_store):
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(found) + "\n" for found in rows)
-        write_docs()
-        print(f"appended {len(rows)} rows to {RESULTS.relative_to(ROOT)} and rewrote the table in {DOCS.relative_to(ROOT)}")
+        result_rows.store(rows, RESULTS, DOCS, BEGIN, table)
     return 0
 
 

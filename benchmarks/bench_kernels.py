@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import sys
 import time
 from datetime import date
 from pathlib import Path
 
+import result_rows
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results" / "kernels.jsonl"
 DOCS = ROOT / "docs" / "kernels.md"
-BEGIN, END = "<!-- table: python benchmarks/bench_kernels.py --write-docs -->", "<!-- end of table -->"
+BEGIN = "<!-- table: python benchmarks/bench_kernels.py --write-docs -->"
 OPS = ("qk_norm_rope", "attention", "influence", "row_loss")
 
 
@@ -124,14 +125,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(parts)
 
 
-def write_docs() -> None:
-    """Replace the table in docs/kernels.md."""
-    rows = [json.loads(text) for text in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    text = DOCS.read_text()
-    before, _, rest = text.partition(BEGIN)
-    DOCS.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n{END}{rest.partition(END)[2]}")
-
-
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,7 +140,7 @@ def main() -> int:
     options = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(HERE)]
     if options.write_docs:
-        write_docs()
+        result_rows.write_table(RESULTS, DOCS, BEGIN, table)
         return 0
     if not options.no_build:
         from tools.build_csrc import LIBRARY, build
@@ -155,11 +148,7 @@ def main() -> int:
         build(LIBRARY)
     rows = bench(options)
     if not options.no_store:
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        write_docs()
-        print(f"appended {len(rows)} rows to {RESULTS.relative_to(ROOT)} and rewrote the table in {DOCS.relative_to(ROOT)}")
+        result_rows.store(rows, RESULTS, DOCS, BEGIN, table)
     return 0
 
 

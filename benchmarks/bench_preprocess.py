@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import result_rows
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -51,7 +52,7 @@ from megatron_r1.utils.errors import EnvironmentProblem  # noqa: E402
 
 RESULTS = HERE / "results" / "preprocess.jsonl"
 DOCS = ROOT / "docs" / "data.md"
-BEGIN, END = "<!-- table: python benchmarks/bench_preprocess.py --write-docs -->", "<!-- end of table -->"
+BEGIN = "<!-- table: python benchmarks/bench_preprocess.py --write-docs -->"
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 GOALS = {"megatron-style": 2.0, "datatrove": 1.5}
 
@@ -271,6 +272,8 @@ def line(row: dict[str, Any]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: the newest row of every case."""
+    if not rows:
+        return "Not run on a quiet machine yet."
     newest = {(row["part"], row["tokenizer"], row["workers"], row["name"], row["mb"] if row["part"] == "memory" else 0): row for row in rows}
     found = ["| tokenizer | workers | who | MB/s | times ours | CPU time, times ours | goal | peak MB |", "|---|---|---|---|---|---|---|---|"]
     for row in newest.values():
@@ -279,14 +282,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         found.append(f"| {row['tokenizer']} | {row['workers']} | {name} | {row['mb_s']} | {row.get('times_ours', '-')} | {row.get('cpu_times_ours', '-')} | {goal} | {row.get('peak_mb', '-')} |")
     runs = dict.fromkeys(f"{row['machine']}, {row['date']}, `{row['command']}`, load {row['load']} at the start" for row in newest.values())
     return "\n".join([*found, "", *(f"Run: {text}." for text in runs), ""])
-
-
-def write_docs() -> None:
-    """Replace the table in docs/data.md."""
-    rows = [json.loads(text) for text in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    text = DOCS.read_text()
-    before, _, rest = text.partition(BEGIN)
-    DOCS.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n{END}{rest.partition(END)[2]}")
 
 
 def main() -> int:
@@ -303,7 +298,7 @@ def main() -> int:
     parser.add_argument("--write-docs", action="store_true")
     options = parser.parse_args()
     if options.write_docs:
-        write_docs()
+        result_rows.write_table(RESULTS, DOCS, BEGIN, table)
         return 0
     shown = [part for part in sys.argv[1:] if not part.startswith(os.sep)]
     common = {
@@ -313,11 +308,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         rows = [common | row for row in (memory if options.memory else contest)(options, Path(folder))]
     if not options.no_store:
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in rows)
-        write_docs()
-        print(f"appended {len(rows)} rows to {RESULTS.relative_to(ROOT)} and rewrote the table in {DOCS.relative_to(ROOT)}")
+        result_rows.store(rows, RESULTS, DOCS, BEGIN, table)
     return 0
 
 

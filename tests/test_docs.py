@@ -297,9 +297,10 @@ def test_import_table_equals_the_enforced_one() -> None:
     assert {name: int(layer) for layer, names in rows for name in re.findall(r"`(\w+)`", names)} == enforced
 
 
-@pytest.mark.parametrize("script", ["bench_kernels", "bench_data"])
-def test_tables_of_figures_are_those_of_the_stored_rows(script: str) -> None:
+@pytest.mark.parametrize("script", ["bench_kernels", "bench_data", "bench_preprocess"])
+def test_tables_of_figures_are_those_of_the_stored_rows(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A figure comes from a command: the table is what `python benchmarks/<script>.py --write-docs` makes of the results."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     spec = importlib.util.spec_from_file_location(script, ROOT / "benchmarks" / f"{script}.py")
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
