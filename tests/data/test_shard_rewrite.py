@@ -108,7 +108,8 @@ def test_merging_artifacts(tmp_path):
     assert len(ShardSet.open(merge_artifacts([b.path], tmp_path / "both", force=True)).split("news")) == 12
     merge_artifacts([a.path, b.path, a.path], tmp_path / "both", force=True)
     after = files(tmp_path / "both")
-    assert {name for name in before if before[name] != after[name]} == {"manifest.json"}
+    # the manifest holds the time it was made, to the second
+    assert {name for name in before if before[name] != after[name]} <= {"manifest.json"}
     (tmp_path / "taken").mkdir()
     with pytest.raises(ConfigError, match="something else"):
         merge_artifacts([a.path], tmp_path / "taken", force=True)
