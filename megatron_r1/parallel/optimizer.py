@@ -157,7 +157,7 @@ def second_moments(optimizer: MegatronOptimizer, chunks: Sequence[nn.Module], ct
         if id(parameter) in kept:
             span, moment = kept[id(parameter)]
             whole.view(-1)[span] = moment.view(-1)
-        found[id(parameter)] = ctx.all_reduce_sum(whole, over="data")
+        found[id(parameter)] = ctx.all_reduce_sum(whole, over="replicas")
     return found
 
 
