@@ -98,14 +98,18 @@ def first_moments(run: Run) -> dict[str, torch.Tensor]:
 
 
 def same_gradients(folder: str, name: str, single: dict[str, Any]) -> None:
-    """The gradients of all steps, number by number, as the moments of the checkpoint written under the layout have them."""
+    """The gradients of all steps, number by number, as the moments of the checkpoint written under the layout have them.
+
+    Adam divides by the root of tiny second moments, so single weights, and then gradients, differ by more than the losses' rounding;
+    a gradient that is left out, counted twice or of other tokens is off by a thousand times the bound.
+    """
     run, expected = Run(LayoutConfig(), seed=31, **base(name)), single["moments"][str(sorted(base(name).items()))]
     run.load(Path(folder) / name)
     found = first_moments(run)
     assert found.keys() == expected.keys()
     for parameter, moment in expected.items():
         off = float((found[parameter] - moment).norm() / moment.norm())
-        assert off <= 1e-6, f"{parameter}: {off:.2g}"
+        assert off <= 1e-4, f"{parameter}: {off:.2g}"
 
 
 def close(found: list[list[float]], expected: list[tuple[float, float]]) -> None:
