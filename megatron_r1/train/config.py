@@ -217,13 +217,9 @@ class TrainConfig(StageConfig):
                 f"use {int(self.seq_length) * max(1, round(self.global_batch / self.seq_length))} tokens"
             )
         if self.layout.context > 1:
-            whole = (
-                ("scores" if self.scores is not None else "")
-                or ("distill.teacher" if self.distill.teacher is not None else "")
-                or ("distill.cache_top_k" if self.objective == "distill" and self.distill.cache_top_k is not None else "")
-            )
-            if whole:
-                raise ValueError(f"expected context: 1 with {whole}, which needs whole sequences; found context: {self.layout.context}; use tensor, pipeline or data parallelism")
+            asked = {"scores": self.scores, "distill.teacher": self.distill.teacher, "distill.cache_top_k": self.distill.cache_top_k}
+            for name in (name for name, value in asked.items() if value is not None):
+                raise ValueError(f"layout: expected context: 1 with {name}, which needs whole sequences; found context: {self.layout.context}; use tensor, pipeline or data parallelism")
         if self.inputs.checkpoint is None and self.model is None:
             raise ValueError("expected a model or inputs.checkpoint; found neither; name a preset (model: tiny) or the train step to start from")
         if self.inputs.checkpoint is not None and self.model is not None:
