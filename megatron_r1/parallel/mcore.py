@@ -7,7 +7,6 @@ what differs between releases. Everything else imports megatron-core's names fro
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -125,23 +124,6 @@ def check_p2p(config: TransformerConfig) -> None:
         )
 
 
-def slice_for_context(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """This rank's part of each sequence under context parallelism.
-
-    From 0.19 on the function defaults to the *world* as its group, which is wrong without an error as soon as another
-    degree is above 1: the group is always passed where it exists.
-    """
-    from megatron.core.utils import get_batch_on_this_cp_rank as cut
-
-    parameters = inspect.signature(cut).parameters
-    extra: dict[str, Any] = {}
-    if "cp_group" in parameters:
-        extra["cp_group"] = parallel_state.get_context_parallel_group()
-    if "is_hybrid_cp" in parameters:
-        extra["is_hybrid_cp"] = False
-    return cut(batch, **extra)
-
-
 def inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The optimizers inside a chain that own parameters (usually one)."""
     chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
@@ -225,6 +207,5 @@ __all__ = [
     "parallel_state",
     "quietly",
     "reduce_from_tensor_model_parallel_region",
-    "slice_for_context",
     "tensor_parallel",
 ]
