@@ -112,11 +112,11 @@ def same_gradients(folder: str, name: str, single: dict[str, Any]) -> None:
         assert off <= 1e-4, f"{parameter}: {off:.2g}"
 
 
-def close(found: list[list[float]], expected: list[tuple[float, float]]) -> None:
+def close(found: list[list[float]], expected: list[tuple[float, float]], norms: float = 1e-6) -> None:
     assert len(found) == len(expected)
     for (loss, norm), (loss_alone, norm_alone) in zip(found, expected):
         assert loss == pytest.approx(loss_alone, abs=1e-6, rel=0)
-        assert norm == pytest.approx(norm_alone, rel=1e-6, abs=0)
+        assert norm == pytest.approx(norm_alone, rel=norms, abs=0)
 
 
 @pytest.mark.slow
@@ -126,7 +126,8 @@ def test_layout_equals_single_process(name: str, single: dict[str, Any], ranks: 
     assert len(expected) == STEPS
     assert all(norm > 0 for _, norm in expected)
     for rank in ranks:
-        close(rank[name], expected)
+        # The rest of a vocabulary beside the k likeliest is 1 minus their sum, and its rounding is that of 1.
+        close(rank[name], expected, norms=1e-5 if "top k" in name else 1e-6)
     same_gradients(ranks[0]["folder"], name, single)
 
 
@@ -152,14 +153,14 @@ def test_resume_is_bit_for_bit(name: str, ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("name", LOADS)
 def test_a_single_process_checkpoint_under_another_layout(name: str, single: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        close(rank[f"load {name}"], single["continued"])
+        close(rank[f"load {name}"], single["continued"], norms=1e-5)
 
 
 @pytest.mark.slow
 def test_a_tensor_parallel_checkpoint_on_one_process(single: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     run = Run(LayoutConfig(), seed=31)
     run.load(Path(ranks[0]["folder"]) / "tensor")
-    close([list(pair) for pair in run.steps(2)], [tuple(pair) for pair in ranks[0]["tensor continued"]])
+    close([list(pair) for pair in run.steps(2)], [tuple(pair) for pair in ranks[0]["tensor continued"]], norms=1e-5)
 
 
 @pytest.mark.slow
@@ -228,4 +229,4 @@ def test_combined_degrees_equal_single_process(name: str, single: dict[str, Any]
 def test_combined_degrees_load_and_resume(single: dict[str, Any], four: list[dict[str, Any]]) -> None:
     for rank in four:
         assert rank["resume all"] is True
-        close(rank["load all"], single["continued"])
+        close(rank["load all"], single["continued"], norms=1e-5)
