@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,6 +153,11 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         """Write `sharded_state_dict`; collective over all ranks. Raises OSError on every rank when one can not write."""
         from megatron.core.dist_checkpointing.strategies import torch as strategy
 
+        if "common_state" in sharded_state_dict:
+            # From 0.19 on what is no tensor is a pickled object among them. Ours has none: the older, empty file, which both lines read.
+            sharded_state_dict = {name: entry for name, entry in sharded_state_dict.items() if name != "common_state"}
+            if torch.distributed.get_rank() == 0:
+                torch.save({}, Path(checkpoint_dir) / "common.pt")
         state, _, _ = strategy._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         planner = strategy.MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
         writer = _Writer(checkpoint_dir, thread_count=1, sync_files=True)

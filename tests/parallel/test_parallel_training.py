@@ -88,7 +88,8 @@ class FusedAdam(torch.optim.Optimizer):
     """Stands in for the FusedAdam of Transformer Engine and Apex: t belongs to the group, state appears at the first step."""
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, adam_w_mode: bool, capturable: bool = False) -> None:
-        assert adam_w_mode and not capturable
+        assert adam_w_mode
+        assert not capturable
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
