@@ -44,7 +44,6 @@ def distill_losses(model: Model, teacher: Model, batch: Batch, temperature: floa
     built under the same layout, without a pipeline (ParallelError): there, take `pipelined_logits` of the teacher first and
     `loss.distill_kl` on the student's `sharded_logits`. Raises DataError when the vocabularies differ.
     """
-    _uncut("distillation")
     teaching = _unpipelined(teacher)
     if unwrap(teaching).vocab_size != unwrap(_chunk(model)).vocab_size:
         raise DataError(
@@ -68,11 +67,9 @@ def distill_topk_losses(
 ) -> Tensor:
     """`loss.distill_topk_kl` from stored teacher entries [b, s, k], mixed with cross-entropy: fp32 [b, s]. As `token_losses`."""
 
-    _uncut("distillation")
-
     def rows(chunk: R1Model, labels: Tensor) -> RowLoss:
         # Positions run over s first, then b.
-        soft = topk_rows(indices.transpose(0, 1), teacher_logprobs.transpose(0, 1), temperature, chunk.vocabulary, chunk.vocab_size)
+        soft = topk_rows(positions_here(indices), positions_here(teacher_logprobs), temperature, chunk.vocabulary, chunk.vocab_size)
         return MixedRows(CrossEntropyRows(labels, chunk.vocabulary), soft, hard_weight) if hard_weight else soft
 
     return _losses(model, batch, rows)
@@ -142,9 +139,15 @@ def _losses(model: Model, batch: Batch, rows: Callable[[R1Model, Tensor], RowLos
 
 
 def positions_here(whole: Tensor) -> Tensor:
-    """[b, S] of whole sequences -> [s, b] at this process's positions: all of them, but for context parallelism."""
+    """[b, S, ...] of whole sequences -> [s, b, ...] at this process's positions: all of them, but for context parallelism."""
     piece = context_piece()
     return whole.transpose(0, 1) if piece is None else piece.cut(whole.transpose(0, 1))
+
+
+def mask_here(mask: Tensor) -> Tensor:
+    """A loss mask [b, S] of whole sequences, with 0 at the positions of other context-parallel processes: each counts its own tokens."""
+    piece = context_piece()
+    return mask if piece is None else piece.spread(positions_here(mask)).transpose(0, 1)
 
 
 def _uncut(what: str) -> None:

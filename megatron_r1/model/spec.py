@@ -74,6 +74,10 @@ class FusedSelfAttention(SelfAttention):
 class SwiGLUMLP(MLP):
     """Gate and up projection in one matrix, SwiGLU, down projection."""
 
+    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, pg_collection: Any = None, **_: Any) -> None:
+        # Newer megatron-core hands every layer all process groups and what it knows of its place; MLP takes one group.
+        super().__init__(config, submodules, tp_group=None if pg_collection is None else pg_collection.tp)
+
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, d] -> [s, b, d], and no bias."""
         gate_up, _bias = self.linear_fc1(hidden_states)

@@ -65,8 +65,8 @@ def save(path: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer |
         shutil.rmtree(partial, ignore_errors=True)
         (partial / _WEIGHTS).mkdir(parents=True)
         (partial / "rng").mkdir()
-        # Every model-parallel rank holds about as much as this one.
-        require_free_space(path.parent, int(1.02 * ctx.layout.model_parallel() * _local_bytes([*state.values(), *moments.values()])))
+        # Every process with other weights holds about as much as this one.
+        require_free_space(path.parent, int(1.02 * ctx.tensor_size * ctx.pipeline_size * _local_bytes([*state.values(), *moments.values()])))
 
     with disk_errors(path):
         _on_main(ctx, prepare)
@@ -314,7 +314,7 @@ def _sharded_moments(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, 
 
 
 def _complete_pieces(whole: dict[tuple[str, str], torch.Tensor], by_parameter: dict[int, tuple[str, Any]], gather: bool) -> None:
-    """Add up the pieces of a distributed optimizer over the data-parallel group: the others' parts are zero, so sums are exact."""
+    """Add up the pieces of a distributed optimizer over the processes it is cut over: the others' parts are zero, so sums are exact."""
     from megatron_r1.parallel.context import current
 
     ctx = current()
@@ -324,7 +324,7 @@ def _complete_pieces(whole: dict[tuple[str, str], torch.Tensor], by_parameter: d
             if (kind, name) not in whole:
                 whole[kind, name] = torch.zeros(entry.data.shape, dtype=torch.float32, device=entry.data.device)
             if gather:
-                ctx.all_reduce_sum(whole[kind, name], over="data")
+                ctx.all_reduce_sum(whole[kind, name], over="replicas")
 
 
 def _load_moments(path: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, has_main: bool) -> None:

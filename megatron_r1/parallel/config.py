@@ -86,10 +86,9 @@ class LayoutConfig(Frozen):
             (name, getattr(model, name), "tensor", self.tensor)
             for name in ("num_heads", "num_kv_heads", "ffn_size", "vocab_size", "hidden_size")
         ]
-        if self.sequence_parallel and seq_length is not None:
-            cuts.append(("seq_length", seq_length, "tensor (sequence_parallel)", self.tensor))
-        if self.context > 1 and seq_length is not None:
-            cuts.append(("seq_length", seq_length, "2 x context", 2 * self.context))
+        if seq_length is not None:
+            factors = ["2 x context"] * (self.context > 1) + ["tensor (sequence_parallel)"] * self.sequence_parallel
+            cuts.append(("seq_length", seq_length, " x ".join(factors), self.sequence_multiple))
         for name, size, degree_name, degree in cuts:
             if size % degree:
                 raise ParallelError(

@@ -16,7 +16,7 @@ from megatron_r1.parallel.config import LayoutConfig
 from megatron_r1.parallel.mcore import parallel_state
 from megatron_r1.utils.errors import ParallelError
 
-Scope = Literal["data", "world", "model", "tensor", "pipeline", "context"]
+Scope = Literal["data", "replicas", "world", "model", "tensor", "pipeline", "context"]
 
 _TIMEOUT = timedelta(minutes=10)
 _current: ParallelContext | None = None
@@ -70,10 +70,12 @@ class ParallelContext:
         return self.rank == 0
 
     def group(self, over: Scope) -> dist.ProcessGroup:
-        """The group of processes that differ from this one only in the given degree; `model`: in tensor and pipeline degree."""
+        """The group of processes that differ from this one only in the given degree; `model`: in tensor and pipeline degree; `replicas`: in
+        data and context degree, those that hold the same piece of the weights."""
         return {
             "world": lambda: dist.group.WORLD,
             "data": parallel_state.get_data_parallel_group,
+            "replicas": lambda: parallel_state.get_data_parallel_group(with_context_parallel=True),
             "model": parallel_state.get_model_parallel_group,
             "tensor": parallel_state.get_tensor_model_parallel_group,
             "pipeline": parallel_state.get_pipeline_model_parallel_group,

@@ -7,11 +7,11 @@ what differs between releases. Everything else imports megatron-core's names fro
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,23 +125,6 @@ def check_p2p(config: TransformerConfig) -> None:
         )
 
 
-def slice_for_context(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """This rank's part of each sequence under context parallelism.
-
-    From 0.19 on the function defaults to the *world* as its group, which is wrong without an error as soon as another
-    degree is above 1: the group is always passed where it exists.
-    """
-    from megatron.core.utils import get_batch_on_this_cp_rank as cut
-
-    parameters = inspect.signature(cut).parameters
-    extra: dict[str, Any] = {}
-    if "cp_group" in parameters:
-        extra["cp_group"] = parallel_state.get_context_parallel_group()
-    if "is_hybrid_cp" in parameters:
-        extra["is_hybrid_cp"] = False
-    return cut(batch, **extra)
-
-
 def inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The optimizers inside a chain that own parameters (usually one)."""
     chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
@@ -170,6 +153,11 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         """Write `sharded_state_dict`; collective over all ranks. Raises OSError on every rank when one can not write."""
         from megatron.core.dist_checkpointing.strategies import torch as strategy
 
+        if "common_state" in sharded_state_dict:
+            # From 0.19 on what is no tensor is a pickled object among them. Ours has none: the older, empty file, which both lines read.
+            sharded_state_dict = {name: entry for name, entry in sharded_state_dict.items() if name != "common_state"}
+            if torch.distributed.get_rank() == 0:
+                torch.save({}, Path(checkpoint_dir) / "common.pt")
         state, _, _ = strategy._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         planner = strategy.MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
         writer = _Writer(checkpoint_dir, thread_count=1, sync_files=True)
@@ -225,6 +213,5 @@ __all__ = [
     "parallel_state",
     "quietly",
     "reduce_from_tensor_model_parallel_region",
-    "slice_for_context",
     "tensor_parallel",
 ]

@@ -47,6 +47,7 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW (decoupled decay, arXiv 1711.05101) over wrapped chunks (`ddp.wrap`).
 
+    The kernel is Transformer Engine's FusedAdam, else Apex's, else torch's fused AdamW: megatron-core chose one when it was imported.
     Weight decay acts on matrices, embeddings included, and not on norm gains. `clip` is the largest global gradient norm;
     0 turns clipping off, the norm is still computed. bf16 keeps fp32 main weights.
     """
@@ -99,7 +100,7 @@ def adam_step(optimizer: MegatronOptimizer) -> int:
             if "step" in state:
                 return int(state["step"])
         for group in inner.optimizer.param_groups:
-            if "step" in group:
+            if group["params"] and "step" in group:  # a group without parameters is not stepped
                 return int(group["step"])
     return 0
 
@@ -157,7 +158,7 @@ def second_moments(optimizer: MegatronOptimizer, chunks: Sequence[nn.Module], ct
         if id(parameter) in kept:
             span, moment = kept[id(parameter)]
             whole.view(-1)[span] = moment.view(-1)
-        found[id(parameter)] = ctx.all_reduce_sum(whole, over="data")
+        found[id(parameter)] = ctx.all_reduce_sum(whole, over="replicas")
     return found
 
 
@@ -166,18 +167,14 @@ def _is_torch(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _prepare(optimizer: torch.optim.Optimizer) -> None:
-    """Torch's AdamW: the fused kernel, and state that exists from the start.
+    """State that exists from the start, and the fused kernel of torch's AdamW (the FusedAdam of other packages is one).
 
     Existing state makes saving before the first step and loading into a fresh optimizer the same code as any other time.
     """
-    if not _is_torch(optimizer):
-        return
+    ours = _is_torch(optimizer)
     for group in optimizer.param_groups:
-        group["fused"], group["foreach"] = True, False
+        group.update({"fused": True, "foreach": False} if ours else {"step": 0})
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+                step = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)} if ours else {}
+                optimizer.state[parameter] = step | {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}

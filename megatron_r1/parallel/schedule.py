@@ -19,7 +19,8 @@ from megatron_r1.parallel.mcore import (
     get_model_config,
 )
 
-# loss(output) -> (sum of the losses of all counted tokens, number of counted tokens (int), what to report: name -> scalar)
+# loss(output) -> (sum of the losses of all counted tokens, number of counted tokens (int), what to report: name -> scalar).
+# Where sequences are cut, all three are of the tokens of this process (`model.forward.mask_here`): everything is summed over processes.
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 # forward_step(batches, chunk) -> (the chunk's output, loss function); the loss function is called on the last stage only
 ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Tensor, LossFunction]]
@@ -42,7 +43,7 @@ def forward_backward(
 
         sum of losses over all counted tokens / number of counted tokens,
 
-    both over all micro-batches and all data-parallel ranks, whatever the layout and however unevenly tokens are masked. Chunks
+    both over all micro-batches and all data-parallel and context-parallel ranks, whatever the layout and however unevenly tokens are masked. Chunks
     that are not wrapped are differentiated too, of the plain sum of losses: nothing is divided and no gradient leaves its process. So
     it is without `gather`, whose gradients in the buffers `ddp.collected_gradients` adds up.
     `forward_step` takes each micro-batch from the iterator once per chunk; every pipeline stage must be fed the same
@@ -100,7 +101,7 @@ def forward_backward(
 
 
 def reduce_reports(ctx: ParallelContext, reports: Sequence[dict[str, Tensor]], names: Sequence[str] = ()) -> dict[str, float]:
-    """Sums of the reported scalars over micro-batches and data-parallel ranks, on every rank of every stage. Collective.
+    """Sums of the reported scalars over micro-batches, data-parallel and context-parallel ranks, on every rank of every stage. Collective.
 
     Always holds `loss_sum`, `num_tokens` and their quotient `loss`; `names` lists further reported scalars to add up
     (all ranks must pass the same names, also those whose `reports` are empty).
@@ -110,7 +111,7 @@ def reduce_reports(ctx: ParallelContext, reports: Sequence[dict[str, Tensor]], n
     for report in reports:
         sums += torch.stack([report[key].to(sums) for key in keys])
     ctx.from_last_stage(sums)
-    ctx.all_reduce_sum(sums, over="data")
+    ctx.all_reduce_sum(sums, over="replicas")
     result = dict(zip(keys, sums.tolist()))
     return result | {"loss": result["loss_sum"] / max(result["num_tokens"], 1.0)}
 

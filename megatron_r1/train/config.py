@@ -183,7 +183,7 @@ class TrainConfig(StageConfig):
     lr: LRConfig = Field(description="learning-rate schedule")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW's constants")
     reset_optimizer: bool = Field(True, description="start a new phase with fresh optimizer moments (false: carry the input checkpoint's)")
-    layout: LayoutConfig = Field(LayoutConfig(), description="tensor, pipeline and data parallelism")
+    layout: LayoutConfig = Field(LayoutConfig(), description="tensor, pipeline, context and data parallelism")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="number format of forward and backward; optimizer state is fp32 in both")
     recompute: bool = Field(False, description="compute each layer's activations again in the backward pass: less memory, a third more computation")
     reset_documents: bool = Field(True, description="no attention across documents of a packed sequence (false: allowed, as in the published recipe)")
@@ -217,7 +217,9 @@ class TrainConfig(StageConfig):
                 f"use {int(self.seq_length) * max(1, round(self.global_batch / self.seq_length))} tokens"
             )
         if self.layout.context > 1:
-            raise ValueError(f"layout: training under context parallelism (context: {self.layout.context}) is not built; use tensor, pipeline or data parallelism")
+            asked = {"scores": self.scores, "distill.teacher": self.distill.teacher, "distill.cache_top_k": self.distill.cache_top_k}
+            for name in (name for name, value in asked.items() if value is not None):
+                raise ValueError(f"layout: expected context: 1 with {name}, which needs whole sequences; found context: {self.layout.context}; use tensor, pipeline or data parallelism")
         if self.inputs.checkpoint is None and self.model is None:
             raise ValueError("expected a model or inputs.checkpoint; found neither; name a preset (model: tiny) or the train step to start from")
         if self.inputs.checkpoint is not None and self.model is not None:

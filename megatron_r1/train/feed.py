@@ -292,6 +292,13 @@ class Feed:
                 fix=f"set micro_batch to one of {fitting}" if fitting else f"use a number of data-parallel ranks that divides {self.per_step}, or change global_batch",
             )
         self.num_microbatches = self.per_step // (self.micro_batch * data_size)
+        stages = config.layout.pipeline if config.layout.virtual_pipeline else 1
+        if self.num_microbatches % stages:
+            raise ParallelError(
+                expected=f"a number of micro-batches per step and rank that is a multiple of pipeline = {stages}, with virtual_pipeline (chunks take turns in rounds of {stages})",
+                found=f"{self.per_step} sequences / (micro_batch {self.micro_batch} x {data_size} data-parallel ranks) = {self.num_microbatches}",
+                fix="lower micro_batch, change global_batch, or remove virtual_pipeline",
+            )
         settings = config.loader
         dali = settings.backend == "dali"
         self._upload = None if dali else device.uploader(target)

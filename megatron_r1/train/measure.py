@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron_r1.model.build import R1Model
-from megatron_r1.model.forward import token_losses
+from megatron_r1.model.forward import mask_here, token_losses
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.parallel.ddp import collected_gradients
 from megatron_r1.parallel.schedule import LossFunction, forward_backward, reduce_reports
+from megatron_r1.parallel.sequence import context_piece
 from megatron_r1.train.heldout import Rows
 
 # consume(output of the last stage [b, s, ...], numbers of the rows int64[b]; -1 for filler rows)
@@ -24,8 +25,8 @@ def run_rows(ctx: ParallelContext, chunks: Sequence[nn.Module], rows: Rows, micr
     """Run every row once, somewhere, without gradients, and hand the results to `consume`. Collective.
 
     `output`: "losses" [b, s] or "hidden" [b, s, d]. `consume` is called on the last stage only, and there on one
-    tensor-parallel rank, so that a sum over the world counts every row once. Filler rows make the number of
-    micro-batches equal on all ranks.
+    tensor-parallel rank, so that a sum over the world counts every row once (where sequences are cut, results are 0 at
+    the positions of other processes). Filler rows make the number of micro-batches equal on all ranks.
     """
     mine = _shared_out(ctx, len(rows), micro_batch)
 
@@ -73,8 +74,9 @@ def gradient_of_rows(ctx: ParallelContext, chunks: Sequence[nn.Module], rows: Ro
 
 
 def _states(model: R1Model, hidden: Tensor) -> Tensor:
-    """Head of the model that stops after the final norm: [b, s, d]."""
-    return model.whole_sequence(hidden).transpose(0, 1)
+    """Head of the model that stops after the final norm: [b, s, d], 0 at the positions of other processes."""
+    states, piece = model.whole_sequence(hidden), context_piece()
+    return (states if piece is None else piece.spread(states)).transpose(0, 1)
 
 
 def _take(array: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -89,7 +91,7 @@ def curve_sums(ctx: ParallelContext, chunks: Sequence[nn.Module], rows: Rows, mi
     def consume(losses: Tensor, chosen: np.ndarray) -> None:
         real = chosen[chosen >= 0]
         ids = torch.from_numpy(rows.curve_ids[real]).to(ctx.device).flatten()
-        mask = torch.from_numpy(rows.batch["loss_mask"][real]).to(ctx.device).double().flatten()
+        mask = mask_here(torch.from_numpy(rows.batch["loss_mask"][real]).to(ctx.device)).double().flatten()
         kept = losses[: len(real)].double().flatten()
         sums[0].index_add_(0, ids, kept * mask)
         sums[1].index_add_(0, ids, mask)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_r1.model.forward import distill_losses, distill_topk_losses, sharded_logits, token_losses
+from megatron_r1.model.forward import distill_losses, distill_topk_losses, mask_here, sharded_logits, token_losses
 from megatron_r1.model.loss import distill_kl, masked_sum, mix
 from megatron_r1.parallel.ddp import unwrap
 from megatron_r1.parallel.schedule import LossFunction
@@ -30,9 +30,12 @@ Tensors = dict[str, Tensor]
 
 
 def to_tensors(batch: Arrays, device: torch.device) -> Tensors:
-    """The arrays of a batch a forward pass needs, on the device; token numbers, labels and positions in 64 bits."""
+    """The arrays of a batch a forward pass needs, on the device; token numbers, labels and positions in 64 bits.
+
+    Sequences are whole under every layout; `loss_mask` is 1 at targets of this process only, so that sums over processes count each once."""
     found = batch["staged"].take() if "staged" in batch else {key: torch.from_numpy(batch[key]) for key in TENSORS}
-    return {key: tensor.to(device, torch.int64 if key in NUMBERS else None, non_blocking=True) for key, tensor in found.items()}
+    batch = {key: tensor.to(device, torch.int64 if key in NUMBERS else None, non_blocking=True) for key, tensor in found.items()}
+    return batch | {"loss_mask": mask_here(batch["loss_mask"])}
 
 
 class Objective:

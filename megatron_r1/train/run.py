@@ -233,8 +233,8 @@ def describe_start(trainer: Trainer, model: ModelConfig, parent: CheckpointSet |
         f"{_inner_name(trainer.optimizer)}{', sharded' if layout.distributed_optimizer else ''}, moments {'carried' if parent and not config.reset_optimizer else 'fresh'}",
     )
     log.info(
-        "layout: %d processes = tensor %d x pipeline %d x data %d on %s, %s, %d thread(s); %d x %d sequences per rank and step",
-        ctx.world_size, layout.tensor, layout.pipeline, ctx.data_size, ctx.device.type, config.precision, torch.get_num_threads(),
+        "layout: %d processes = tensor %d x pipeline %d x context %d x data %d on %s, %s, %d thread(s); %d x %d sequences per rank and step",
+        ctx.world_size, layout.tensor, layout.pipeline, layout.context, ctx.data_size, ctx.device.type, config.precision, torch.get_num_threads(),
         trainer.feed.num_microbatches, int(config.micro_batch),
     )
     log.info(

@@ -9,7 +9,7 @@ import torch
 
 from megatron_r1.model.build import build_model
 from megatron_r1.model.config import ModelConfig
-from megatron_r1.model.forward import distill_losses, pipelined_logits, sharded_logits, token_losses
+from megatron_r1.model.forward import distill_losses, mask_here, pipelined_logits, sharded_logits, token_losses
 from megatron_r1.model.loss import cross_entropy, distill_kl, distill_topk_kl, masked_sum, mix
 from megatron_r1.parallel import checkpoint, context, ddp, optimizer, schedule
 from megatron_r1.parallel.config import LayoutConfig
@@ -49,11 +49,12 @@ class Run:
     def forward_step(self, batches: Any, chunk: torch.nn.Module) -> Any:
         """One micro-batch, by the run's objective."""
         batch = next(batches)
+        mask = mask_here(batch["loss_mask"])
         if self.objective == "next":
-            return token_losses(chunk, batch), lambda losses: (*masked_sum(losses, batch["loss_mask"]), {})
+            return token_losses(chunk, batch), lambda losses: (*masked_sum(losses, mask), {})
         shard = ddp.unwrap(chunk).vocabulary
         if self.objective == "distill chunked":
-            return distill_losses(chunk, self.teacher, batch, 2.0, 0.25), lambda losses: (*masked_sum(losses, batch["loss_mask"]), {"hard": losses.sum()})
+            return distill_losses(chunk, self.teacher, batch, 2.0, 0.25), lambda losses: (*masked_sum(losses, mask), {"hard": losses.sum()})
 
         def loss(student: torch.Tensor) -> Any:
             teacher = self.taught.pop(0)
@@ -63,7 +64,7 @@ class Run:
             else:
                 logprobs, indices = torch.log_softmax(shard.gather(teacher), -1).topk(8, dim=-1)
                 losses = distill_topk_kl(student, indices, logprobs, 1.0, shard)
-            return *masked_sum(losses, batch["loss_mask"]), {"hard": (hard * batch["loss_mask"]).sum()}
+            return *masked_sum(losses, mask), {"hard": (hard * mask).sum()}
 
         return sharded_logits(chunk, batch), loss
 
@@ -72,7 +73,7 @@ class Run:
         ctx = self.ctx
         mine = microbatches(self.step_number)[ctx.data_rank :: ctx.data_size]
         optimizer.set_lr(self.optimizer, LEARNING_RATES[self.step_number % len(LEARNING_RATES)])
-        if self.teacher is not None:
+        if self.objective in ("distill", "topk"):
             self.taught = pipelined_logits(ctx, self.teacher, mine)
         reports = schedule.forward_backward(ctx, self.chunks, self.forward_step, iter(mine), len(mine), LENGTH, ROWS)
         sums = schedule.reduce_reports(ctx, reports, names=["hard"] if self.objective != "next" else [])

@@ -21,7 +21,7 @@ from megatron_r1.artifacts.training_scores import ScoresReader  # noqa: E402
 MODEL = {"preset": "nano", "num_kv_heads": 2}
 LAYOUTS = {
     "tp2": {"tensor": 2}, "tp2-sp": {"tensor": 2, "sequence_parallel": True}, "pp2": {"pipeline": 2}, "dp2": {}, "dp2-distopt": {"distributed_optimizer": True},
-    "dp2-overlap": {"distributed_optimizer": True, "overlap": True},
+    "dp2-overlap": {"distributed_optimizer": True, "overlap": True}, "cp2": {"context": 2, "distributed_optimizer": True},
 }
 TEXT = {
     "model": MODEL, "budget": "4 steps", "validation": {"tokens": "150 tokens", "every": "2 steps"}, "rankme": {"samples": "9 samples"},
@@ -37,7 +37,8 @@ SCORED = {"scored-tp2-sp": {"tensor": 2, "sequence_parallel": True}, "scored-pp2
 CASES = {
     **{name: (SCORES, layout) for name, layout in SCORED.items()},
     **{name: (TEXT, layout) for name, layout in LAYOUTS.items()},
-    "sft-dp2": (CHAT, {}), "sft-pp2": (CHAT, {"pipeline": 2}),
+    "sft-dp2": (CHAT, {}), "sft-pp2": (CHAT, {"pipeline": 2}), "sft-cp2": ({**CHAT, "recompute": True}, {"context": 2}),
+    "distill-cp2": (DISTILL, {"context": 2}), "dro-cp2": (DRO, {"context": 2}),
     "distill-tp2": (DISTILL, {"tensor": 2}), "distill-cached-dp2": ({**DISTILL, "distill": {"cache_top_k": 32}}, {}),
     "distill-cached-tp2": ({**DISTILL, "distill": {"cache_top_k": 32}}, {"tensor": 2}),
     "dro-dp2": (DRO, {}), "dro-tp2-sp": (DRO, {"tensor": 2, "sequence_parallel": True}),

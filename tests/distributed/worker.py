@@ -37,8 +37,8 @@ def main(folder: Path) -> None:
         started = time.monotonic()
         run = Run(LayoutConfig(**case["layout"]), **case.get("options", {}))
         results[name] = run.steps()
-        if case.get("save"):
-            run.save(folder / name)
+        run.save(folder / name)
+        if case.get("continue"):
             results[f"{name} continued"] = run.steps(2)
         if case.get("validate"):
             results[f"{name} validation"] = run.validation()

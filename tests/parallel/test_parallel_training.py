@@ -6,6 +6,8 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from megatron_r1.model.build import build_model, transformer_config
 from megatron_r1.model.forward import logits
 from megatron_r1.parallel import context, device, mcore
 from megatron_r1.parallel.config import LayoutConfig
-from megatron_r1.parallel.optimizer import build_optimizer, local_states, set_lr
+from megatron_r1.parallel.mcore import inner_optimizers
+from megatron_r1.parallel.optimizer import adam_step, build_optimizer, local_states, set_lr
 from megatron_r1.utils.errors import ConfigError, EnvironmentProblem, ParallelError
 
 
@@ -81,6 +84,69 @@ def test_clip_zero_means_no_clipping_but_a_norm() -> None:
     assert float(moment) == pytest.approx(0.1 * norm, rel=1e-4)
 
 
+class FusedAdam(torch.optim.Optimizer):
+    """Stands in for the FusedAdam of Transformer Engine and Apex: t belongs to the group, state appears at the first step."""
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, adam_w_mode: bool, capturable: bool = False) -> None:
+        assert adam_w_mode
+        assert not capturable
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update, by the formula."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            (b1, b2), t = group["betas"], group["step"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state.update(exp_avg=torch.zeros_like(p, dtype=torch.float32), exp_avg_sq=torch.zeros_like(p, dtype=torch.float32))
+                state["exp_avg"].lerp_(p.grad.float(), 1 - b1)
+                state["exp_avg_sq"].mul_(b2).addcmul_(p.grad.float(), p.grad.float(), value=1 - b2)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.addcdiv_(state["exp_avg"], (state["exp_avg_sq"] / (1 - b2**t)).sqrt() + group["eps"], value=-group["lr"] / (1 - b1**t))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [LayoutConfig(), LayoutConfig(distributed_optimizer=True)], ids=["whole", "sharded"])
+def test_a_fused_adam_of_another_package(layout: LayoutConfig, precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is used when megatron-core found it, does the same, and its checkpoints and torch's go on from each other."""
+    from megatron.core import optimizer as core
+    from megatron.core.optimizer import distrib_optimizer
+
+    torch_run = Run(layout, precision=precision)
+    torch_run.save(tmp_path / "torch-0")
+    expected = torch_run.steps(2)
+    torch_run.save(tmp_path / "torch-2")
+    expected += torch_run.steps(2)
+    assert isinstance(inner_optimizers(torch_run.optimizer)[0].optimizer, torch.optim.AdamW)
+    assert all(group["fused"] for group in inner_optimizers(torch_run.optimizer)[0].optimizer.param_groups)
+    monkeypatch.setattr(core, "Adam", FusedAdam)
+    monkeypatch.setattr(core, "USING_PYTORCH_OPTIMIZER", False)
+    monkeypatch.setattr(distrib_optimizer, "Adam", FusedAdam)
+    run = Run(layout, precision=precision)
+    assert isinstance(inner_optimizers(run.optimizer)[0].optimizer, FusedAdam)
+    run.save(tmp_path / "other-0")  # before the first step
+    assert adam_step(run.optimizer) == 0
+    found = run.steps(2)
+    assert adam_step(run.optimizer) == 2
+    run.save(tmp_path / "other-2")
+    found += run.steps(2)
+    close = {"fp32": (1e-6, 1e-5), "bf16": (1e-3, 1e-2)}[precision]
+    for (loss, norm), (loss_torch, norm_torch) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(loss_torch, abs=close[0])
+        assert norm == pytest.approx(norm_torch, rel=close[1])
+    again = Run(layout, precision=precision, seed=6)
+    again.load(tmp_path / "other-2")
+    assert again.steps(2) == found[2:]
+    again.load(tmp_path / "torch-2")
+    assert adam_step(again.optimizer) == 2
+    for (loss, norm), (loss_torch, norm_torch) in zip(again.steps(2), expected[2:], strict=True):
+        assert loss == pytest.approx(loss_torch, abs=close[0])
+        assert norm == pytest.approx(norm_torch, rel=close[1])
+
+
 # ---------------------------------------------------------------- layouts that can not work
 
 
@@ -119,6 +185,12 @@ def test_models_that_do_not_fit() -> None:
             layout.check_model(MODEL)
     with pytest.raises(ParallelError, match="seq_length"):
         LayoutConfig(tensor=2, sequence_parallel=True).check_model(MODEL, seq_length=33)
+    with pytest.raises(ParallelError, match="seq_length divisible by 2 x context = 6"):
+        LayoutConfig(context=3).check_model(MODEL, seq_length=32)
+    # Divisible by both degrees, but not the pieces of one by the other.
+    with pytest.raises(ParallelError, match=r"2 x context x tensor \(sequence_parallel\) = 8"):
+        LayoutConfig(context=2, tensor=2, sequence_parallel=True).check_model(MODEL, seq_length=36)
+    LayoutConfig(context=2, tensor=2, sequence_parallel=True).check_model(MODEL, seq_length=40)
 
 
 def test_unknown_layout_field() -> None:
@@ -212,7 +284,7 @@ def test_same_layout_keeps_its_groups() -> None:
     assert torch.equal(torch.rand(3), a), "the seed restarts the generators"
     assert context.initialize(LayoutConfig(overlap=True), seed=1) is not first
     assert (first.rank, first.world_size, first.data_size, first.is_main, first.is_first_stage, first.is_last_stage) == (0, 1, 1, True, True, True)
-    for over in ("data", "world", "model", "tensor", "pipeline"):
+    for over in ("data", "replicas", "world", "context", "model", "tensor", "pipeline"):
         assert first.all_reduce_sum(torch.tensor([2.0]), over=over) == 2.0
     assert first.broadcast_object({"a": 1}) == {"a": 1}
     first.barrier()

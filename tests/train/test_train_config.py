@@ -59,6 +59,13 @@ def test_published_pretraining_and_sft():
         ({"schedule": [{"start": "1k tokens", "sources": "natural", "over": "1k tokens"}, {"start": "1500 tokens", "sources": "uniform"}]}, "after 1000 \\+ 1000 tokens"),
         ({"schedule": [{"start": "1k tokens", "sources": "natural"}], "objective": "sft"}, "neither schedule nor max_epochs"),
         ({"max_epochs": 0.0}, "greater than 0"),
+        ({"precision": "fp8"}, "'fp32' or 'bf16'"),
+        ({"layout": {"context": 2}, "inputs": {"shards": "a", "mixture": "m", "probe": "p"}, "scores": {}}, "context: 1 with scores"),
+        ({"layout": {"context": 2}, "objective": "distill", "distill": {"teacher": {"hf_folder": "t"}}}, "context: 1 with distill.teacher"),
+        (
+            {"layout": {"context": 2}, "objective": "distill", "inputs": {"shards": "a", "mixture": "m", "teacher": "t"}, "distill": {"cache_top_k": 8}},
+            "context: 1 with distill.cache_top_k",
+        ),
     ],
 )
 def test_contradictions_are_refused(change, message):

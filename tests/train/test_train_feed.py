@@ -109,3 +109,14 @@ def test_uploads_hold_the_same_numbers():
 def test_a_micro_batch_that_does_not_fit():
     with pytest.raises(ParallelError, match=r"micro_batch 3 x 1(?s:.)*one of \[1, 2, 4, 8\]"):
         Feed(Numbered(), config(8, 3), 0, 1, STEPS, CPU)
+
+
+def test_micro_batches_that_an_interleaved_pipeline_can_not_take_in_turns():
+    def interleaved(micro_batch):
+        return train_settings(
+            global_batch=f"{8 * LENGTH} tokens", seq_length=f"{LENGTH} tokens", micro_batch=micro_batch, layout={"pipeline": 4, "virtual_pipeline": 2}
+        )
+
+    Feed(Numbered(), interleaved(2), 0, 1, STEPS, CPU).close()
+    with pytest.raises(ParallelError, match=r"multiple of pipeline = 4(?s:.)*= 2"):
+        Feed(Numbered(), interleaved(4), 0, 1, STEPS, CPU)
