@@ -6,14 +6,15 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from megatron_r1.artifacts.checkpoint import CHECKPOINTS_FOLDER, checkpoint_folders
 from megatron_r1.parallel.context import ParallelContext
-from megatron_r1.utils.errors import CheckpointError, R1Error
+from megatron_r1.utils.errors import CheckpointError, EnvironmentProblem, R1Error
+from megatron_r1.utils.lock import only_process
 from megatron_r1.utils.logging import get_logger
 
 log = get_logger("train.resume")
@@ -66,6 +67,22 @@ def _newest_complete(folder: Path, verify: Callable[[Path], Any]) -> Path | None
         if leftover not in known:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return chosen
+
+
+@contextmanager
+def alone(folder: Path, ctx: ParallelContext) -> Iterator[None]:
+    """Hold the lock of `folder` for all ranks; EnvironmentProblem on every rank when another run works there. Collective."""
+    with ExitStack() as held:
+        problem: EnvironmentProblem | None = None
+        if ctx.is_main:
+            try:
+                held.enter_context(only_process(folder, "lock"))
+            except EnvironmentProblem as error:
+                problem = error
+        problem = ctx.broadcast_object(problem)
+        if problem is not None:
+            raise problem
+        yield
 
 
 class StopSignal:
