@@ -29,9 +29,12 @@ class Frozen(BaseModel):
         return self.model_dump(mode="json")
 
     def identity(self) -> dict[str, Any]:
-        """`plain` without the fields marked HOW: what the result depends on."""
+        """`plain` without the fields marked HOW, of records inside it too: what the result depends on."""
         extras = {name: field.json_schema_extra for name, field in type(self).model_fields.items()}
-        return {name: value for name, value in self.plain().items() if extras[name] != HOW}
+        inner = {name: getattr(self, name) for name in extras}
+        return {
+            name: inner[name].identity() if isinstance(inner[name], Frozen) else value for name, value in self.plain().items() if extras[name] != HOW
+        }
 
 
 class StageConfig(Frozen):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_r1.artifacts.base import Artifact, Workspace
@@ -21,8 +18,8 @@ from megatron_r1.corpus.workers import Workers
 from megatron_r1.data.indexed import token_dtype
 from megatron_r1.data.shards import SCHEMA_VERSION, SOURCES_FILE, SPLITS, SourceRecord
 from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.utils.errors import EnvironmentProblem
 from megatron_r1.utils.io import atomic_write_json, disk_errors, require_free_space
+from megatron_r1.utils.lock import only_process
 from megatron_r1.utils.logging import get_logger, progress
 from megatron_r1.utils.machine import usable_cores
 
@@ -46,7 +43,7 @@ def run(config: CorpusConfig, inputs: Inputs, work: Workspace) -> Artifact:
     job = Job(config, work.tmp, given.path if isinstance(given, Artifact) else None)
     desk = Desk(job)
     seconds: dict[str, float] = {}
-    with _alone(work.tmp):
+    with only_process(work.tmp, "lock"):
         size = sum(unit.bytes for unit in job.units)
         count = config.workers or (usable_cores() if size >= SMALL else 1)
         threads = 1 if config.workers or count > 1 else usable_cores()
@@ -138,19 +135,6 @@ def _source(desk: Desk, source: str) -> SourceRecord:
         "name": source, "domain": item.domain, "distractor": item.distractor, "format": item.format, "origin": decided["origin"], "splits": splits,
         "dropped": decided["dropped"], "quarantined": decided["quarantined"],
     })
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Raise EnvironmentProblem when another process completes this artifact."""
-    with open(folder / "lock", "a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise EnvironmentProblem(
-                expected=f"no other process working in {folder.parent}", found="one holds its lock", fix="wait for it, stop it, or use another --runs-dir"
-            ) from error
-        yield
 
 
 def _summary(records: Mapping[str, SourceRecord], missing: list[dict[str, str]], vocabulary: int) -> dict[str, Any]:

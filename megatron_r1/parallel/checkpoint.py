@@ -14,8 +14,10 @@ them (whole, mixed precision, or sharded over data-parallel ranks): any of them 
 from __future__ import annotations
 
 import base64
+import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +30,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_r1.parallel import device as _device
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.parallel.ddp import unwrap
-from megatron_r1.parallel.mcore import InProcessSave, MegatronOptimizer, ShardedTensor, dist_checkpointing, quietly
+from megatron_r1.parallel.mcore import MegatronOptimizer, PlannedSave, ShardedTensor, dist_checkpointing, quietly
 from megatron_r1.parallel.optimizer import adam_step, local_states, set_adam_step
 from megatron_r1.parallel.pickle_guard import check_index
 from megatron_r1.utils.errors import ArtifactError, CheckpointError, R1Error
@@ -48,17 +50,101 @@ _CHECKSUMS, _COMMON, _WEIGHTS = "checksums.json", "common.json", "weights"
 # ------------------------------------------------------------------------------------------------ save
 
 
+class PendingSave:
+    """A checkpoint on its way to the disk. `finish` must be called, by every rank; until then nothing has its final name."""
+
+    def __init__(self, path: Path, ctx: ParallelContext, plan: PlannedSave, kept: dict[str, Any], background: bool) -> None:
+        self.path, self._ctx, self._plan, self._kept = path, ctx, plan, kept
+        self._partial = _partial(path)
+        self._outcome: tuple[Any, Exception | None] = (None, None)
+        self._rng = _rng_texts(ctx)
+        self._thread = threading.Thread(target=self._write, name=f"save {path.name}") if background else None
+        self._thread.start() if self._thread else self._write()
+
+    def _write(self) -> None:
+        """This rank's files and their checksums. No communication: it may run beside a training step."""
+        try:
+            with disk_errors(self.path):
+                written = self._plan.write()
+                atomic_write_json(self._partial / "rng" / f"rank-{self._ctx.rank:05d}.json", self._rng)
+                self._outcome = ((written, _hash_own_files(self._partial, self._ctx)), None)
+        except (R1Error, OSError) as error:
+            self._outcome = (None, error)
+        except Exception as error:  # kept for `finish`, which raises it on every rank: a thread's error would be lost
+            found = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            self._outcome = (None, CheckpointError(expected=f"{self.path} to be written", found=found, fix="run the same command again; if it stays, report it"))
+
+    def ready(self) -> bool:
+        """Whether every rank has written its part (or failed to), so that `finish` will not wait. Collective."""
+        busy = torch.tensor([float(self._thread is not None and self._thread.is_alive())], device=self._ctx.device)
+        return not bool(self._ctx.all_reduce_max(busy, over="world"))
+
+    def finish(self) -> None:
+        """Wait for the writing and commit: index, checksums, fsync, rename. Collective. Raises what went wrong, on every rank."""
+        if self._thread is not None:
+            self._thread.join()
+        parts = _agree(self._ctx, self._outcome)
+        with disk_errors(self.path):
+            _on_main(self._ctx, lambda: self._commit(parts))
+
+    def close(self) -> bool:
+        """End without communication, when the program fails for another reason: wait for the thread, commit if that needs no other rank.
+
+        Returns whether the checkpoint is complete; otherwise nothing has its final name.
+        """
+        if self._ctx.world_size == 1:
+            self.finish()
+            return True
+        if self._thread is not None:
+            self._thread.join()
+        return False
+
+    def _commit(self, parts: list[tuple[Any, dict[str, dict[str, Any]]]]) -> None:
+        partial, files = self._partial, {name: record for _, part in parts for name, record in part.items()}
+        self._plan.finish([written for written, _ in parts])
+        atomic_write_json(partial / _COMMON, self._kept)
+        for file in sorted(partial.rglob("*")):
+            name = file.relative_to(partial).as_posix()
+            if file.is_file() and name not in files:
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
+                files[name] = _record(file)
+        atomic_write_json(partial / _CHECKSUMS, {"format": FORMAT, "files": dict(sorted(files.items()))})
+        for folder in (partial / _WEIGHTS, partial / "rng", partial):
+            fsync_directory(folder)
+        _replace(partial, self.path)
+
+
 def save(path: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None, common: dict[str, Any], ctx: ParallelContext) -> None:
     """Write a checkpoint to `path` (replacing one of that name). Collective; returns when it is complete on disk.
 
     `chunks` wrapped or not; `optimizer` None stores the weights alone; `common`: anything JSON can hold.
     Raises EnvironmentProblem when the disk is full; then nothing of that name has appeared.
     """
+    begin_save(path, chunks, optimizer, common, ctx).finish()
+
+
+def begin_save(
+    path: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None, common: dict[str, Any], ctx: ParallelContext,
+    copies: _device.HostCopies | None = None,
+) -> PendingSave:
+    """As `save`, in two parts: plan, and with `copies` copy the state to host memory and return while a thread writes it.
+
+    Training may go on at once, `copies` belong to this save until its `finish`, which every rank calls. Without `copies` the
+    tensors are written before it returns.
+    """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     state = _sharded_model(chunks)
     moments = _sharded_moments(chunks, optimizer, gather=True) if optimizer is not None else {}
     has_main = any(entry.key.startswith("optimizer.main.") for entry in moments.values())
+    kept = {
+        "format": FORMAT,
+        "common": json.loads(json.dumps(common, allow_nan=False)),  # as it is now: the trainer goes on changing its own
+        "optimizer": None if optimizer is None else {"step": adam_step(optimizer)},
+        "main_weights": has_main,
+        "saved_with": {"world_size": ctx.world_size, "layout": ctx.layout.plain()},
+    }
 
     def prepare() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,38 +152,21 @@ def save(path: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer |
         (partial / _WEIGHTS).mkdir(parents=True)
         (partial / "rng").mkdir()
         # Every process with other weights holds about as much as this one.
-        require_free_space(path.parent, int(1.02 * ctx.tensor_size * ctx.pipeline_size * _local_bytes([*state.values(), *moments.values()])))
+        others = ctx.tensor_size * ctx.pipeline_size
+        weights, rest = (others * _local_bytes(list(entries.values())) for entries in (state, moments))
+        what = f"a checkpoint: weights {weights / 2**30:.2f} GiB + optimizer {rest / 2**30:.2f} GiB + 2 %"
+        require_free_space(path.parent, int(1.02 * (weights + rest)), what)
 
+    plan = PlannedSave(copies)
     with disk_errors(path):
         _on_main(ctx, prepare)
         with quietly():
-            dist_checkpointing.save({"model": state, "optimizer": moments}, str(partial / _WEIGHTS), sharded_strategy=InProcessSave())
+            dist_checkpointing.save({"model": state, "optimizer": moments}, str(partial / _WEIGHTS), sharded_strategy=plan)
+    return PendingSave(path, ctx, plan, kept, background=copies is not None)
 
-        def finish_own() -> dict[str, dict[str, Any]]:
-            _write_rng(partial, ctx)
-            return _hash_own_files(partial, ctx)
 
-        records = {name: record for part in _everywhere(ctx, finish_own) for name, record in part.items()}
-
-        def commit() -> None:
-            kept = {
-                "format": FORMAT,
-                "common": common,
-                "optimizer": None if optimizer is None else {"step": adam_step(optimizer)},
-                "main_weights": has_main,
-                "saved_with": {"world_size": ctx.world_size, "layout": ctx.layout.plain()},
-            }
-            atomic_write_json(partial / _COMMON, kept)
-            for file in sorted(partial.rglob("*")):
-                name = file.relative_to(partial).as_posix()
-                if file.is_file() and name not in records:
-                    records[name] = _record(file)
-            atomic_write_json(partial / _CHECKSUMS, {"format": FORMAT, "files": dict(sorted(records.items()))})
-            for folder in (partial / _WEIGHTS, partial / "rng", partial):
-                fsync_directory(folder)
-            _replace(partial, path)
-
-        _on_main(ctx, commit)
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def _everywhere(ctx: ParallelContext, action: Callable[[], Any]) -> list[Any]:
@@ -106,6 +175,11 @@ def _everywhere(ctx: ParallelContext, action: Callable[[], Any]) -> list[Any]:
         outcome = (action(), None)
     except (R1Error, OSError) as error:
         outcome = (None, error)
+    return _agree(ctx, outcome)
+
+
+def _agree(ctx: ParallelContext, outcome: tuple[Any, Exception | None]) -> list[Any]:
+    """Every rank's result, from each rank's (result, error); raises the first error, on every rank."""
     outcomes = ctx.gather_objects(outcome)
     for _, problem in outcomes:
         if problem is not None:
@@ -138,9 +212,8 @@ def _record(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 
-def _write_rng(folder: Path, ctx: ParallelContext) -> None:
-    states = {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in _device.rng_state(ctx.device).items()}
-    atomic_write_json(folder / "rng" / f"rank-{ctx.rank:05d}.json", states)
+def _rng_texts(ctx: ParallelContext) -> dict[str, str]:
+    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in _device.rng_state(ctx.device).items()}
 
 
 # ------------------------------------------------------------------------------------------------ verify, load

@@ -10,10 +10,11 @@ class; the replacements answer differently to callers inside megatron.core alone
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,42 @@ def uploader(target: torch.device) -> Callable[[Mapping[str, Any]], Staged] | No
         return Staged(tensors, ready)
 
     return upload
+
+
+class HostCopies:
+    """Copies of tensors in host memory that is kept and used again by the next copies of tensors of the same sizes.
+
+    Page-locked on a GPU's host, in huge pages where the system has them on a CPU: touching new memory for the first time
+    would take longer than copying.
+    """
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+
+    def take(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Contiguous copies on the CPU, in order. Copies taken before must not be used any more."""
+        starts = [0]
+        for tensor in tensors:
+            starts.append(starts[-1] + -(-tensor.numel() * tensor.element_size() // 64) * 64)
+        if self._memory is None or self._memory.numel() < starts[-1]:
+            self._memory = None  # freed before more is asked for
+            self._memory = _host_memory(max(1, starts[-1]), page_locked=any(tensor.is_cuda for tensor in tensors))
+        copies = []
+        for start, tensor in zip(starts, tensors):
+            room = self._memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+            copies.append(room.copy_(tensor.detach(), non_blocking=True))
+        synchronize()
+        return copies
+
+
+def _host_memory(size: int, page_locked: bool) -> torch.Tensor:
+    if page_locked:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them: small pages do as well, more slowly
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def gpu_number(target: torch.device) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from megatron_r1.parallel import device as _device
@@ -139,18 +139,22 @@ class _Writer(FileSystemWriter):
         return StorageMeta()
 
 
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """The torch_dist format written by this very process.
+class PlannedSave(TorchDistSaveShardedStrategy):
+    """The torch_dist format written by this very process, in three parts that may lie apart in time.
 
-    megatron-core's own writer starts a manager and forks workers for each save, about three seconds whatever the size,
-    and hangs for ever when a worker dies. The bytes are the same format; `dist_checkpointing.load` reads both.
+    `dist_checkpointing.save` with this strategy only plans who writes what (collective) and, with `copies`, copies what this
+    rank writes to host memory; `write` writes this rank's tensors and may run in a thread; `finish`, on rank 0, writes the index.
+    megatron-core's own writer starts a manager and forks workers for each save, about three seconds whatever the size, hangs
+    for ever when a worker dies, and forks a process that has CUDA and NCCL threads; its interface also differs between 0.16 and
+    0.19. The bytes are the same format; `dist_checkpointing.load` reads both.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, copies: _device.HostCopies | None = None) -> None:
         super().__init__("torch_dist", 1)
+        self._copies = copies
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Any) -> None:
-        """Write `sharded_state_dict`; collective over all ranks. Raises OSError on every rank when one can not write."""
+        """Plan the writing of `sharded_state_dict`; collective over all ranks."""
         from megatron.core.dist_checkpointing.strategies import torch as strategy
 
         if "common_state" in sharded_state_dict:
@@ -159,16 +163,28 @@ class InProcessSave(TorchDistSaveShardedStrategy):
             if torch.distributed.get_rank() == 0:
                 torch.save({}, Path(checkpoint_dir) / "common.pt")
         state, _, _ = strategy._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        planner = strategy.MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
-        writer = _Writer(checkpoint_dir, thread_count=1, sync_files=True)
-        try:
-            torch.distributed.checkpoint.save(strategy.mcore_to_pyt_state_dict(state, False), storage_writer=writer, planner=planner)
-        except CheckpointException as error:
-            # A full disk is the caller's to explain: show what happened, on whichever rank.
-            for failure, _ in error.failures.values():
-                if isinstance(failure, OSError):
-                    raise failure from error
-            raise
+        if self._copies is not None:
+            entries = [entry for group in state.values() for entry in group]
+            for entry, copy in zip(entries, self._copies.take([entry.data for entry in entries]), strict=True):
+                entry.data = copy
+        self._planner = strategy.MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
+        self._writer = _Writer(checkpoint_dir, thread_count=1, sync_files=True)
+        rank = torch.distributed.get_rank()
+        self._writer.reset()
+        self._planner.set_up_planner(strategy.mcore_to_pyt_state_dict(state, False), storage_meta=self._writer.storage_meta(), is_coordinator=rank == 0)
+        self._writer.set_up_storage_writer(rank == 0)
+        plans: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(plans, self._writer.prepare_local_plan(self._planner.create_local_plan()))
+        plans, self._index = self._planner.create_global_plan(plans)
+        self._plan = self._planner.finish_plan(self._writer.prepare_global_plan(plans)[rank])
+
+    def write(self) -> Any:
+        """Write and flush the tensors of this rank; returns what `finish` needs to know about them. Raises OSError."""
+        return self._writer.write_data(self._plan, self._planner).wait()
+
+    def finish(self, written: list[Any]) -> None:
+        """Write the index over what `write` returned on every rank, in rank order. Rank 0 only."""
+        self._writer.finish(self._index, written)
 
 
 __all__ = [
@@ -183,11 +199,11 @@ __all__ = [
     "Float16Module",
     "GPTModel",
     "IdentityOp",
-    "InProcessSave",
     "MLPSubmodules",
     "MegatronOptimizer",
     "ModuleSpec",
     "OptimizerConfig",
+    "PlannedSave",
     "RowParallelLinear",
     "SelfAttention",
     "SelfAttentionSubmodules",

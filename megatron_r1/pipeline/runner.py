@@ -6,8 +6,6 @@ while the rest wait for the artifact to appear, so this layer needs no process g
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ from megatron_r1.artifacts.base import (
 )
 from megatron_r1.pipeline.recipe import Recipe
 from megatron_r1.utils import io
-from megatron_r1.utils.errors import EnvironmentProblem
+from megatron_r1.utils.lock import only_process
 from megatron_r1.utils.logging import duration, get_logger, is_main_rank
 
 log = get_logger("pipeline")
@@ -133,16 +131,5 @@ def single_process(folder: Path) -> Iterator[None]:
     if not is_main_rank():
         yield
         return
-    with open(folder / ".lock", "a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            stream.seek(0)
-            raise EnvironmentProblem(
-                expected=f"no other process working in {folder}", found=f"process {stream.read().strip() or '?'} holds its lock",
-                fix="wait for it, stop it, or use another --runs-dir",
-            ) from error
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
+    with only_process(folder):
         yield

@@ -80,6 +80,7 @@ class CheckpointsConfig(Frozen):
     every: Every | None = Field(None, description="save this often for resuming; none: only `evenly` ones and the last")
     keep: Annotated[int, Field(ge=1)] = Field(2, description="how many of the newest `every` checkpoints stay on disk besides the even ones")
     evenly: int = Field(0, ge=0, description="T checkpoints at steps N*1/T ... N*T/T, all kept: what influence is measured at")
+    background: bool = Field(True, json_schema_extra=HOW, description="copy the state to host memory and write it while training goes on; false: wait, and need no memory for the copy")
 
 
 class ValidationConfig(Frozen):

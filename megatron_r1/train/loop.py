@@ -19,6 +19,7 @@ from torch import nn
 
 from megatron_r1.parallel import checkpoint
 from megatron_r1.parallel.context import ParallelContext
+from megatron_r1.parallel.device import HostCopies
 from megatron_r1.parallel.optimizer import set_lr
 from megatron_r1.parallel.optimizer import step as apply_update
 from megatron_r1.parallel.schedule import forward_backward
@@ -89,13 +90,13 @@ class Trainer:
         """Tokens of this phase consumed so far (padding included)."""
         return self.step * int(self.config.global_batch)
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint from which this phase goes on bit for bit. Collective."""
+    def save(self, path: Path, copies: HostCopies | None) -> checkpoint.PendingSave:
+        """Begin to write a checkpoint from which this phase goes on bit for bit; in the background with `copies`. Collective."""
         common = {
             "step": self.step, "tokens": self.tokens, "total": self.total, "seconds": self.seconds, "guard": self.guard.state(), "window": asdict(self.window),
             "objective": self.objective.state(), "order": self.data.fingerprint,
         }
-        checkpoint.save(path, self.chunks, self.optimizer, common, self.ctx)
+        return checkpoint.begin_save(path, self.chunks, self.optimizer, common, self.ctx, copies)
 
     def load(self, path: Path) -> None:
         """Take up a checkpoint of this phase. Collective. Raises CheckpointError, also when the samples would come in another order."""
@@ -150,6 +151,7 @@ class Trainer:
         for callback in self.callbacks:
             if isinstance(callback, Checkpoints):
                 callback.save(self)
+                callback.settle(self)
         log.warning("stopped after step %d as asked; the same command goes on from there", self.step)
         raise SystemExit(EXIT_TERMINATED)
 

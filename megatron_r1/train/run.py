@@ -51,7 +51,7 @@ from megatron_r1.train.group_dro import GroupDRO
 from megatron_r1.train.loop import Trainer
 from megatron_r1.train.objectives import Distill, Objective
 from megatron_r1.train.probe_directions import probe_rows
-from megatron_r1.train.resume import newest_complete
+from megatron_r1.train.resume import alone, newest_complete
 from megatron_r1.train.scores import ScoredNextToken
 from megatron_r1.train.topk_cache import TopKCache
 from megatron_r1.utils import io
@@ -67,9 +67,14 @@ def run(config: TrainConfig, inputs: Inputs, work: Workspace) -> Artifact:
     """Train one phase; every rank calls it. Inputs: shards, mixture, checkpoint, teacher, reference, probe.
 
     Raises ConfigError, DataError, ParallelError or CheckpointError before the first step when something does not fit;
-    SystemExit(143) after SIGTERM, with a checkpoint of the last finished step.
+    SystemExit(143) after SIGTERM, with a checkpoint of the last finished step. EnvironmentProblem when another run works in `work`.
     """
     ctx = initialize(config.layout, config.seed or 0)
+    with alone(work.tmp, ctx):
+        return _run(config, inputs, work, ctx)
+
+
+def _run(config: TrainConfig, inputs: Inputs, work: Workspace, ctx: ParallelContext) -> Artifact:
     one = {role: value for role, value in inputs.items() if isinstance(value, Artifact)}
     shards = ShardSet.open(one["shards"])
     parent = CheckpointSet.open(one["checkpoint"]) if "checkpoint" in one else None

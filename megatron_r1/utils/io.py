@@ -135,14 +135,14 @@ def write_jsonl(path: Path | str, records: Iterable[dict[str, Any]]) -> None:
     atomic_write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def require_free_space(path: Path | str, nbytes: int) -> None:
-    """Raise EnvironmentProblem unless the disk under `path` has `nbytes` bytes free."""
+def require_free_space(path: Path | str, nbytes: int, what: str = "") -> None:
+    """Raise EnvironmentProblem unless the disk under `path` has `nbytes` bytes free; `what` says what they are made of."""
     path = Path(path)
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < nbytes:
         raise EnvironmentProblem(
-            expected=f"{nbytes / 2**30:.2f} GiB free under {existing}",
+            expected=f"{nbytes / 2**30:.2f} GiB free under {existing}{f' ({what})' if what else ''}",
             found=f"{free / 2**30:.2f} GiB free",
             fix="free space or choose another --runs-dir, then run the same command again; complete artifacts are kept",
         )

@@ -30,6 +30,7 @@ from megatron_r1.corpus.config import CorpusConfig, describe
 from megatron_r1.data import indexed as indexing
 from megatron_r1.data.shards import SPLITS, ShardSet
 from megatron_r1.utils.errors import ConfigError, DataError, EnvironmentProblem
+from megatron_r1.utils.lock import only_process
 
 
 @pytest.fixture
@@ -323,7 +324,7 @@ def test_workers_that_die(tmp_path, files, monkeypatch, lives):
 
 def test_two_processes_on_one_workspace(tmp_path, files):
     work = open_workspace(tmp_path, "corpus", "shards", config(files))
-    with stage._alone(work.tmp), pytest.raises(EnvironmentProblem, match="lock"):
+    with only_process(work.tmp, "lock"), pytest.raises(EnvironmentProblem, match="lock"):
         stage.run(config(files), {}, work)
 
 
