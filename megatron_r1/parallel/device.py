@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -91,6 +92,32 @@ def synchronize() -> None:
     """Wait for the device (nothing to do on the CPU): call before reading a clock."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+class Mark:
+    """A point in the work of a device, taken without waiting for it."""
+
+    def __init__(self, target: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if target.type == "cuda" else None
+        self._time = time.perf_counter()
+        if self._event is not None:
+            self._event.record()
+
+    def seconds_until(self, later: Mark) -> float:
+        """Seconds between two marks. On a GPU waits until the later one is reached."""
+        if self._event is None or later._event is None:
+            return later._time - self._time
+        later._event.synchronize()
+        return self._event.elapsed_time(later._event) / 1e3
+
+
+def deterministic(on: bool) -> None:
+    """Only operations that give the same bits every time, or the usual ones. Before the first matrix product of the process: cuBLAS reads its
+    setting once."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = on, False
 
 
 @dataclass(frozen=True)
