@@ -164,6 +164,11 @@ def adopt(arrays: Mapping[str, Any]) -> Staged:
     return Staged({key: torch.from_dlpack(array).clone() for key, array in arrays.items()})
 
 
+def name_of(target: torch.device) -> str | None:
+    """The GPU's name, None for the CPU."""
+    return None if target.type != "cuda" else torch.cuda.get_device_name(target)
+
+
 def seed_everything(seed: int) -> None:
     """Seed torch and megatron-core's model-parallel generators. The parallel groups must exist."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
