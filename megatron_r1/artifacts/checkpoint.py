@@ -94,7 +94,7 @@ class TrainManifest(Frozen):
     shards: str = Field(description="fingerprint of the shards the cursors belong to")
     tokenizer: str = Field(description="SHA-256 of the tokenizer")
     sources: dict[str, float] = Field(description="share of every source asked for")
-    skipped_steps: list[int] = Field(description="steps whose update was skipped because a loss or gradient was not finite")
+    skipped_steps: list[int] = Field(description="steps whose update was skipped or that a rollback left out, because a loss or gradient was not finite or leapt")
     layout: dict[str, Any] = Field(description="parallel layout it was trained on; loading does not depend on it")
     precision: str = Field(description="fp32 or bf16")
     scores: TrainingScores | None = Field(default=None, description="scores of the documents made while training, in short; rows in scores/")

@@ -180,7 +180,7 @@ def test_norms_and_shares_in_the_metrics(tmp_path, shards):
 
         def note(self):
             call_back(self)
-            seen.append(sum(float(p.double().square().sum()) for chunk in self.chunks for p in chunk.parameters()) ** 0.5)
+            seen.append(sum(float(p.detach().double().square().sum()) for chunk in self.chunks for p in chunk.parameters()) ** 0.5)
 
         patch.setattr(loop.Trainer, "_call_back", note)
         found = CheckpointSet.open(train(tmp_path, train_settings(log={"every": "2 steps", "tensorboard": False}), shards=shards))
