@@ -23,6 +23,7 @@ from megatron_r1.train import loop
 
 GUARD = {"skip": 1, "hold": 1, "recovery": 2, "hold_steps": "2 steps"}
 CONFIG = {"model": {"preset": "nano", "num_kv_heads": 2}, "budget": "9 steps", "checkpoints": {"every": "2 steps", "keep": 3}, "guard": GUARD}
+LAYOUTS = {"norm": [{}, {"distributed_optimizer": True}], "losses": [{}, {"distributed_optimizer": True}], "part": [{"tensor": 2}, {"pipeline": 2}]}
 RANK = int(os.environ.get("RANK", "0"))
 
 
@@ -36,8 +37,22 @@ def wrong_norm(patch, steps, rank):
     patch.setattr(loop.Trainer, "_agree", faulty)
 
 
-def wrong_weights(patch, steps, rank):
-    """One rank's activations are not numbers: its losses and gradients go wrong before they are summed."""
+def wrong_part(patch, steps, rank):
+    """One rank's part of the gradients holds a number that is none, after the summing over model copies."""
+    update = loop.Trainer._update
+
+    def faulty(self, *arguments):
+        if rank == RANK and self.step + 1 in steps:
+            for chunk in self.chunks:
+                for parameter in chunk.parameters():
+                    parameter.main_grad.view(-1)[-1] = float("nan")
+        return update(self, *arguments)
+
+    patch.setattr(loop.Trainer, "_update", faulty)
+
+
+def wrong_losses(patch, steps, rank):
+    """One model copy's losses are not numbers, and so its gradients before they are summed. (Tensor-parallel ranks can not differ in that.)"""
     output = loop.Objective.output
 
     def faulty(self, chunk, batch, arrays):
@@ -54,8 +69,8 @@ def result(artifact):
 
 def cases(folder: Path, shards, rank=1) -> dict:
     results = {}
-    for name, fault, steps in (("norm", wrong_norm, (3,)), ("weights", wrong_weights, (5, 6, 7))):
-        for layout in [{}, {"distributed_optimizer": True}, {"tensor": 2}] if "RANK" in os.environ else [{}]:
+    for name, fault, steps in (("norm", wrong_norm, (3,)), ("losses", wrong_losses, (5, 6, 7)), ("part", wrong_part, (5, 6, 7))):
+        for layout in LAYOUTS[name] if "RANK" in os.environ else [{}]:
             with pytest.MonkeyPatch.context() as patch:
                 fault(patch, steps, rank)
                 label = f"{name}-{'-'.join(layout) or 'plain'}"

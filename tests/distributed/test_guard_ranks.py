@@ -15,7 +15,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent / "train"))
 sys.path.insert(0, str(HERE))
 
-from guard_worker import cases  # noqa: E402
+from guard_worker import LAYOUTS, cases  # noqa: E402
 from launch import launch  # noqa: E402
 from train_toys import make_shards  # noqa: E402
 
@@ -42,8 +42,7 @@ def decisions(journal):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["norm", "weights"])
-@pytest.mark.parametrize("layout", ["plain", "distributed_optimizer", "tensor"])
+@pytest.mark.parametrize(("fault", "layout"), [(fault, "-".join(layout) or "plain") for fault, layouts in LAYOUTS.items() for layout in layouts])
 def test_a_fault_on_one_rank_is_decided_for_all(runs, alone, fault, layout):
     assert runs[0]["cases"] == runs[1]["cases"]
     found, wanted = runs[0]["cases"][f"{fault}-{layout}"], alone[f"{fault}-plain"]

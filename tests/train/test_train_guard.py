@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from train_toys import final_bytes, timeless, train
+from train_toys import SCORED, final_bytes, timeless, train
 from train_toys import settings as train_settings
 
 from megatron_r1.artifacts.base import open_workspace
 from megatron_r1.artifacts.checkpoint import CheckpointSet
+from megatron_r1.artifacts.training_scores import ScoresReader
 from megatron_r1.train import loop
 from megatron_r1.train.config import GuardConfig
 from megatron_r1.train.guard import Guard
@@ -186,6 +187,21 @@ def test_a_rollback_survives_being_killed(rolled_back, tmp_path, shards):
     assert timeless(again.metrics()) == timeless(found.metrics())
     assert again.ledger() == found.ledger()
     assert again.manifest == found.manifest
+
+
+def test_scores_after_a_rollback_are_of_the_steps_that_count(tmp_path, shards, probe):
+    """The rows of a run that went back are those of one that never saw the steps, along the same directions."""
+    config = train_settings(**FAULTY | SCORED)
+    with pytest.MonkeyPatch.context() as patch:
+        inject(patch, BROKEN)
+        found = train(tmp_path / "found", config, shards=shards, probe=probe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Guard, "leaves_out", lambda self, step: step in BROKEN)
+        apart = train(tmp_path / "apart", config, shards=shards, probe=probe)
+    mine, theirs = ScoresReader(found.path), ScoresReader(apart.path)
+    assert mine.rows().tobytes() == theirs.rows().tobytes()
+    assert set(mine.rows()["step"].tolist()) == {4, 8, 9}
+    assert mine.probes() == theirs.probes()
 
 
 def test_two_rollbacks_then_the_end(tmp_path, shards, monkeypatch):
