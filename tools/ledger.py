@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         if not 1 <= options.step <= phase.found.manifest.steps:
             raise ConfigError(expected=f"a step from 1 to {phase.found.manifest.steps}", found=str(options.step), fix="give a step the phase has")
         print("source\tepoch\tdocument\tid\tfirst token\ttokens")
-        for source, epoch, document, first, tokens in documents_of_step(phase.data, phase.config.sequences_per_step, options.step - 1, phase.shards):
+        for source, epoch, document, first, tokens in documents_of_step(phase.data, phase.config.sequences_per_step, options.step - 1):
             print(f"{source}\t{epoch}\t{document}\t{phase.shards.split(source).ids[document]}\t{first}\t{tokens}")
     except R1Error as error:
         print(error, file=sys.stderr)

@@ -7,6 +7,7 @@
     metrics.jsonl     one record per logged step
     scores/           scores of documents made while training (optional; artifacts/training_scores.py)
     ledger.jsonl      one record per step: which samples, from which sources
+    journal.jsonl     one record per decision about a step that went wrong: none is the usual
     views/<source>-<hash>.npy  lists of documents the cursors refer to, one bit per document (optional)
     tensorboard/      the same metrics as event files (optional)
 """
@@ -29,6 +30,7 @@ from megatron_r1.utils import io
 from megatron_r1.utils.errors import ArtifactError, CheckpointError
 
 MODEL_FILE, TRAIN_FILE, METRICS_FILE, LEDGER_FILE = "model.json", "train.json", "metrics.jsonl", "ledger.jsonl"
+JOURNAL_FILE = "journal.jsonl"
 TOKENIZER_FOLDER, CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, VIEWS_FOLDER = "tokenizer", "checkpoints", "tensorboard", "views"
 _FOLDER = re.compile(r"^step-(\d{8,})$")
 
@@ -92,7 +94,7 @@ class TrainManifest(Frozen):
     shards: str = Field(description="fingerprint of the shards the cursors belong to")
     tokenizer: str = Field(description="SHA-256 of the tokenizer")
     sources: dict[str, float] = Field(description="share of every source asked for")
-    skipped_steps: list[int] = Field(description="steps whose update was skipped because a loss or gradient was not finite")
+    skipped_steps: list[int] = Field(description="steps whose update was skipped or that a rollback left out, because a loss or gradient was not finite or leapt")
     layout: dict[str, Any] = Field(description="parallel layout it was trained on; loading does not depend on it")
     precision: str = Field(description="fp32 or bf16")
     scores: TrainingScores | None = Field(default=None, description="scores of the documents made while training, in short; rows in scores/")
@@ -163,6 +165,10 @@ class CheckpointSet:
     def ledger(self) -> list[dict[str, Any]]:
         """Records of ledger.jsonl, one per step."""
         return io.read_jsonl(self.artifact.file(LEDGER_FILE))
+
+    def journal(self) -> list[dict[str, Any]]:
+        """Records of journal.jsonl; artifacts of older releases have none."""
+        return io.read_jsonl(self.artifact.path / JOURNAL_FILE)
 
 
 def write_view(root: Path, name: str, keep: np.ndarray) -> None:

@@ -131,3 +131,24 @@ class Epochs(_Pydantic, float):
 
     def __repr__(self) -> str:
         return f"Epochs({float(self)})"
+
+
+class Duration(_Pydantic, float):
+    """A time in seconds."""
+
+    unit: ClassVar[str] = "seconds"
+    example: ClassVar[str] = "23.5 h"
+
+    @classmethod
+    def parse(cls, text: str) -> Duration:
+        """'90 s', '30 min', '23.5 h' -> Duration(seconds). Raises ConfigError."""
+        match = re.match(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(s|min|h|d)\s*$", text)
+        if match is None or not float(match[1]):
+            raise ConfigError(expected=f"a time above zero, such as '{cls.example}'", found=repr(text), fix="write the number and s, min, h or d")
+        return cls(float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400}[match[2]])
+
+    def __str__(self) -> str:
+        return f"{float(self):g} s"
+
+    def __repr__(self) -> str:
+        return f"Duration({float(self):g})"

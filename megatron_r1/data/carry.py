@@ -56,7 +56,7 @@ class Continued:
     """
 
     def __init__(self, shard: Shard, source: str, cursor: SourceCursor, seed: int, view: str, views: Views, seq_length: int) -> None:
-        self.source, self.view, self.seq_length = source, view, seq_length
+        self.source, self.shard, self.view, self.seq_length = source, shard, view, seq_length
         self.stream = TokenStream(shard, views(view))
         self.blocks = self.stream.blocks(seq_length)
         self.rest: Rest | None = None

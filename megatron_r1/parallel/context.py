@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_r1.parallel import device as _device
 from megatron_r1.parallel.config import LayoutConfig
@@ -168,7 +169,10 @@ def _join(target: torch.device) -> None:
         return
     backend = _device.backend(target)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        store, rank, world = next(rendezvous("env://", timeout=_TIMEOUT))
+        # torchrun's store outlives workers that it starts anew: without a prefix of their own these read the addresses of the dead.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
     else:
         # A store in memory: no port, no file, so any number of single processes can run side by side.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)

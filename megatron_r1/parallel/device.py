@@ -13,6 +13,7 @@ import contextlib
 import mmap
 import os
 import sys
+import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,32 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+class Mark:
+    """A point in the work of a device, taken without waiting for it."""
+
+    def __init__(self, target: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if target.type == "cuda" else None
+        self._time = time.perf_counter()
+        if self._event is not None:
+            self._event.record()
+
+    def seconds_until(self, later: Mark) -> float:
+        """Seconds between two marks. On a GPU waits until the later one is reached."""
+        if self._event is None or later._event is None:
+            return later._time - self._time
+        later._event.synchronize()
+        return self._event.elapsed_time(later._event) / 1e3
+
+
+def deterministic(on: bool) -> None:
+    """Only operations that give the same bits every time, or the usual ones. Before the first matrix product of the process: cuBLAS reads its
+    setting once."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = on, False
+
+
 @dataclass(frozen=True)
 class Staged:
     """Tensors on their way to a device."""
@@ -172,6 +199,11 @@ def gpu_number(target: torch.device) -> int | None:
 def adopt(arrays: Mapping[str, Any]) -> Staged:
     """Copies, on the current stream, of arrays on a GPU that another library owns (DLPack)."""
     return Staged({key: torch.from_dlpack(array).clone() for key, array in arrays.items()})
+
+
+def name_of(target: torch.device) -> str | None:
+    """The GPU's name, None for the CPU."""
+    return None if target.type != "cuda" else torch.cuda.get_device_name(target)
 
 
 def seed_everything(seed: int) -> None:

@@ -116,6 +116,17 @@ def set_adam_step(optimizer: MegatronOptimizer, value: int) -> None:
                 group["step"] = value
 
 
+@torch.no_grad()
+def parameter_norm(chunks: Sequence[nn.Module], ctx: ParallelContext) -> float:
+    """Euclidean norm of all weights of the model, each counted once, on every rank. Collective."""
+    total = torch.zeros((), dtype=torch.float64, device=ctx.device)
+    for parameter in (p for chunk in chunks for p in chunk.parameters()):
+        # Copies: the head of another stage's embedding, and what tensor-parallel ranks hold whole.
+        if not getattr(parameter, "shared", False) and (getattr(parameter, "tensor_model_parallel", False) or ctx.tensor_rank == 0):
+            total += torch.linalg.vector_norm(parameter, dtype=torch.float32).double() ** 2
+    return float(ctx.all_reduce_sum(total, over="model").sqrt())
+
+
 def local_states(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, slice | None, dict[str, torch.Tensor]]]:
     """Every model parameter with what this rank keeps about it.
 

@@ -36,6 +36,7 @@ def forward_backward(
     micro_batch: int,
     forward_only: bool = False,
     gather: bool = True,
+    before_gather: Callable[[], None] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Run `num_microbatches` micro-batches of [micro_batch, seq_length] tokens through the pipeline. Collective.
 
@@ -47,7 +48,7 @@ def forward_backward(
     that are not wrapped are differentiated too, of the plain sum of losses: nothing is divided and no gradient leaves its process. So
     it is without `gather`, whose gradients in the buffers `ddp.collected_gradients` adds up.
     `forward_step` takes each micro-batch from the iterator once per chunk; every pipeline stage must be fed the same
-    micro-batches. Returns, on the last stage, one dict per micro-batch: what the loss function reported plus `loss_sum` and
+    micro-batches. `before_gather` is called when this process has issued all its own work, before it waits for the others' gradients. Returns, on the last stage, one dict per micro-batch: what the loss function reported plus `loss_sum` and
     `num_tokens`, all detached; on other stages an empty list. `reduce_reports` adds them up.
     """
     first = get_model_config(chunks[0])
@@ -75,8 +76,13 @@ def forward_backward(
 
         return output, report
 
+    def gathering(*arguments: Any, **options: Any) -> None:
+        if before_gather is not None:
+            before_gather()
+        finalize_model_grads(*arguments, **options)
+
     before = {name: getattr(first, name) for name in ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")}
-    first.finalize_model_grads_func = None if forward_only or not (wrapped and gather) else finalize_model_grads
+    first.finalize_model_grads_func = None if forward_only or not (wrapped and gather) else gathering
     try:
         with ExitStack() as stack:
             if forward_only:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_r1.config.base import HOW, Frozen, StageConfig, StepName
-from megatron_r1.config.units import Epochs, Samples, Steps, Tokens
+from megatron_r1.config.units import Duration, Epochs, Samples, Steps, Tokens
 from megatron_r1.data.pretrained import PretrainedConfig
 from megatron_r1.model.config import ModelConfig
 from megatron_r1.parallel.config import LayoutConfig
@@ -96,6 +96,9 @@ class RankMeConfig(Frozen):
 
     every: Every | None = Field(None, description="how often; none: only after the last step")
     samples: Samples = Field(Samples(0), description="number of sequences, one token of each; '0 samples' turns it off; published protocol: 25600")
+    warn_below: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="a warning when it is lower; in MobileLLM-R1 v1 App. B runs that did well later lie at 20, others at 14 and below; none: no warning"
+    )
 
 
 class ScoresConfig(Frozen):
@@ -164,9 +167,33 @@ class LogConfig(Frozen):
 
 
 class GuardConfig(Frozen):
-    """What happens when a loss or gradient is not finite."""
+    """What happens when a loss or gradient is not finite or leaps: skip, hold, roll back (docs/training.md, When a step goes wrong)."""
 
-    max_bad_steps: int = Field(5, ge=1, description="give up after so many skipped updates in a row")
+    spike: Annotated[float, Field(gt=0)] | None = Field(
+        8.0, description="standard deviations above the median of the last `window` updates from which a loss, or a gradient norm on a logarithmic scale, is a spike; none: only what is not finite counts"
+    )
+    window: int = Field(128, ge=8, description="updates whose losses and gradient norms say what is usual; before a quarter of them nothing is a spike")
+    skip: int = Field(3, ge=0, description="bad steps of an incident at which only the update is skipped")
+    hold: int = Field(2, ge=0, description="bad steps after those at which the learning rate is held down too; the next one goes back to a checkpoint")
+    hold_factor: float = Field(0.5, gt=0, le=1, description="what the scheduled learning rate is multiplied by while it is held down")
+    hold_steps: Steps = Field(Steps(100), description="how long it is held down")
+    recovery: int = Field(10, ge=1, description="good steps in a row that end an incident")
+    rollbacks: int = Field(3, ge=0, description="how often a phase may go back to the last good checkpoint and leave data out before it gives up")
+    skip_before: Steps = Field(Steps(0), description="steps before an incident's first that a rollback leaves out as well, as far as the checkpoint lets it")
+
+
+class WatchConfig(Frozen):
+    """What watches a run and changes nothing about it."""
+
+    hang_after: Duration | None = Field(
+        Duration(300), description="a step that takes longer is reported with its phase and this rank's Python stacks, in the log and in tmp/hangs; none: off"
+    )
+    stragglers_every: Steps = Field(Steps(100), description="how often the ranks compare their times; slow ones are named in the log; '0 steps': never")
+    slow: float = Field(1.2, gt=1, description="a rank is slow whose own time is above so many times the median of all ranks")
+    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="peak of one device in 1e12 operations per second, dense, at the precision used: what mfu is a share of; none: known from the device's name"
+    )
+    wandb: str | None = Field(None, description="project of Weights & Biases that gets the metrics too (an optional package; WANDB_MODE=offline needs no network); none: off")
 
 
 class TrainConfig(StageConfig):
@@ -205,7 +232,12 @@ class TrainConfig(StageConfig):
     group_dro: GroupDroConfig = Field(GroupDroConfig(), description="settings of the group_dro objective")
     loader: LoaderConfig = Field(LoaderConfig(), description="reading ahead and uploading", json_schema_extra=HOW)
     log: LogConfig = Field(LogConfig(), description="metrics and TensorBoard")
-    guard: GuardConfig = Field(GuardConfig(), description="non-finite losses and gradients")
+    guard: GuardConfig = Field(GuardConfig(), description="losses and gradients that are not finite or leap")
+    deterministic: bool = Field(False, description="only operations that give the same bits every time, an error where there is none (docs/training.md says what it costs)")
+    time_limit: Duration | None = Field(
+        None, description="save and exit with status 143 after this time since the job began, such as '23.5 h'; none: no limit", json_schema_extra=HOW
+    )
+    watch: WatchConfig = Field(WatchConfig(), description="hangs, slow ranks, mfu, Weights & Biases", json_schema_extra=HOW)
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

@@ -64,11 +64,11 @@ class Phase:
         return self.found.manifest.steps * self.config.sequences_per_step
 
 
-def documents_of_step(data: TrainingData, per_step: int, step: int, shards: ShardSet) -> list[Reading]:
+def documents_of_step(data: TrainingData, per_step: int, step: int) -> list[Reading]:
     """What step `step` (0-based) of a phase read, in the order of sources and documents. Pre-training only."""
     found = []
     for (source, epoch), ranges in _targets(data, range(step * per_step, (step + 1) * per_step)):
-        offsets = shards.split(source).offsets
+        offsets = data.continued[source].shard.offsets
         starts, ends = ranges
         cuts = np.unique(np.concatenate([starts, ends, offsets]))
         begins = cuts[:-1][np.searchsorted(starts, cuts[:-1], side="right") > np.searchsorted(ends, cuts[:-1], side="right")]

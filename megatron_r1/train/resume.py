@@ -1,14 +1,11 @@
-"""Where an interrupted phase goes on, and how a running one is asked to stop."""
+"""Where an interrupted phase goes on."""
 
 from __future__ import annotations
 
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from megatron_r1.artifacts.checkpoint import CHECKPOINTS_FOLDER, checkpoint_folders
@@ -18,8 +15,6 @@ from megatron_r1.utils.lock import only_process
 from megatron_r1.utils.logging import get_logger
 
 log = get_logger("train.resume")
-# 128 + SIGTERM's number, what a shell reports for a process that SIGTERM ended: "stopped as asked, run me again".
-EXIT_TERMINATED = 143
 
 
 def newest_complete(folder: Path, ctx: ParallelContext, verify: Callable[[Path], Any]) -> Path | None:
@@ -83,29 +78,3 @@ def alone(folder: Path, ctx: ParallelContext) -> Iterator[None]:
         if problem is not None:
             raise problem
         yield
-
-
-class StopSignal:
-    """Set by SIGTERM. Ranks agree on it once per step, together with the loss, so at most one more step is finished."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler."""
-        self.requested = True
-        log.warning("SIGTERM: finishing the step at hand, saving a checkpoint, then exiting with code %d", EXIT_TERMINATED)
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[StopSignal]:
-    """Catch SIGTERM inside the block (main thread only; elsewhere Python does not deliver signals)."""
-    stop = StopSignal()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, previous)

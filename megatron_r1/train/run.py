@@ -29,10 +29,11 @@ from megatron_r1.model.build import build_model
 from megatron_r1.model.config import ModelConfig
 from megatron_r1.model.scores_in_training import ScoresInTraining
 from megatron_r1.ops.attention import describe as describe_attention
-from megatron_r1.parallel import checkpoint
+from megatron_r1.parallel import checkpoint, device
 from megatron_r1.parallel.context import ParallelContext, initialize
 from megatron_r1.parallel.ddp import wrap
 from megatron_r1.parallel.optimizer import build_optimizer, local_states, set_adam_step
+from megatron_r1.parallel.peaks import peak_tflops
 from megatron_r1.parallel.vocab import vocab_shard
 from megatron_r1.train import teacher as teachers
 from megatron_r1.train import teacher_cache
@@ -45,6 +46,8 @@ from megatron_r1.train.callbacks.rankme import RankMe
 from megatron_r1.train.callbacks.scores import Scores
 from megatron_r1.train.callbacks.tensorboard import TensorBoard
 from megatron_r1.train.callbacks.validation import Validation
+from megatron_r1.train.callbacks.wandb import Wandb
+from megatron_r1.train.callbacks.watch import Watch
 from megatron_r1.train.config import DistillConfig, TrainConfig
 from megatron_r1.train.feed import TrainingData, open_data
 from megatron_r1.train.group_dro import GroupDRO
@@ -67,8 +70,10 @@ def run(config: TrainConfig, inputs: Inputs, work: Workspace) -> Artifact:
     """Train one phase; every rank calls it. Inputs: shards, mixture, checkpoint, teacher, reference, probe.
 
     Raises ConfigError, DataError, ParallelError or CheckpointError before the first step when something does not fit;
-    SystemExit(143) after SIGTERM, with a checkpoint of the last finished step. EnvironmentProblem when another run works in `work`.
+    SystemExit(143) after SIGTERM, SIGUSR1 or time_limit, with a checkpoint of the last finished step. EnvironmentProblem when another
+    run works in `work`.
     """
+    device.deterministic(config.deterministic)
     ctx = initialize(config.layout, config.seed or 0)
     with alone(work.tmp, ctx):
         return _run(config, inputs, work, ctx)
@@ -86,7 +91,7 @@ def _run(config: TrainConfig, inputs: Inputs, work: Workspace, ctx: ParallelCont
         io.atomic_write_json(work.path / MODEL_FILE, model.plain())
     scores = make_scores(config, chunks, shards, one, data, work, ctx)
     objective = scores.objective if scores else make_objective(config, model, one.get("reference") or one.get("teacher"), shards, data, total, work, ctx)
-    callbacks = make_callbacks(config, model, shards, one.get("probe"), data.sources, total, work, scores)
+    callbacks = make_callbacks(config, model, shards, one.get("probe"), data.sources, total, work, ctx.device, scores)
     trainer = Trainer(config, ctx, work.path, chunks, optimizer, objective, data, total, callbacks, work.name)
     describe_start(trainer, model, parent)
     path = newest_complete(work.path, ctx, checkpoint.verify)
@@ -207,7 +212,8 @@ def make_scores(
 
 
 def make_callbacks(
-    config: TrainConfig, model: ModelConfig, shards: ShardSet, probe: Artifact | None, sources: Sequence[str], total: int, work: Workspace, scores: Scores | None = None
+    config: TrainConfig, model: ModelConfig, shards: ShardSet, probe: Artifact | None, sources: Sequence[str], total: int, work: Workspace, target: torch.device,
+    scores: Scores | None = None,
 ) -> list[Callback]:
     """Measuring, then recording, then saving: the order is part of the meaning."""
     length, seed = int(config.seq_length), config.seed or 0
@@ -217,10 +223,18 @@ def make_callbacks(
     if config.rankme.samples:
         callbacks.append(RankMe(config.rankme, shards, model.hidden_size, length, seed))
     callbacks += [scores] if scores else []
-    callbacks += [Metrics(), Journal()]
+    callbacks += [Metrics(model.flops_per_token(length), device_peak(config, target)), Journal()]
     if config.log.tensorboard:
         callbacks.append(TensorBoard())
-    return [*callbacks, Console(), Checkpoints(config.checkpoints, total, work.note_time)]
+    if config.watch.wandb is not None:
+        callbacks.append(Wandb(config.watch.wandb, work.fingerprint[:16], work.tmp / "wandb"))
+    return [*callbacks, Console(), Watch(config.watch, work.tmp / "hangs"), Checkpoints(config.checkpoints, total, work.note_time)]
+
+
+def device_peak(config: TrainConfig, target: torch.device) -> float | None:
+    """Peak of a device in 1e12 operations per second; none on a CPU, which has no agreed one. Raises EnvironmentProblem for an unknown GPU."""
+    name = device.name_of(target)
+    return None if name is None else config.watch.peak_tflops or peak_tflops(name, config.precision)
 
 
 # ---------------------------------------------------------------- saying and sealing

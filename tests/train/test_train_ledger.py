@@ -56,7 +56,7 @@ def test_documents_of_a_step_are_what_its_batch_was_made_of(chain, capsys):
         phase = open_phase(artifact)
         per_step = phase.config.sequences_per_step
         for step in (0, 5):
-            readings = documents_of_step(phase.data, per_step, step, phase.shards)
+            readings = documents_of_step(phase.data, per_step, step)
             batch = phase.data.dataset.batch(range(step * per_step, (step + 1) * per_step))
             wanted: dict[str, list[int]] = {}
             for row in range(per_step):
@@ -70,7 +70,7 @@ def test_documents_of_a_step_are_what_its_batch_was_made_of(chain, capsys):
                 assert common >= len(tokens) - 1
     assert tool.main([str(chain[0].path), "--step", "6"]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
-    readings = documents_of_step(open_phase(chain[0]).data, 4, 5, ShardSet.open(chain[0].path.parent / next(p.name for p in chain[0].path.parent.glob("corpus-*"))))
+    readings = documents_of_step(open_phase(chain[0]).data, 4, 5)
     assert len(lines) == len(readings)
     assert lines[0].split("\t")[3] == f"{readings[0].source}-train-{readings[0].document}"
     assert tool.main([str(chain[0].path), "--step", "99"]) == 1

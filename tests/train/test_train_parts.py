@@ -1,4 +1,4 @@
-"""Guard, RankMe, held-out rows, top-k cache: each against an independent oracle."""
+"""RankMe, held-out rows, top-k cache: each against an independent oracle."""
 
 import math
 
@@ -12,32 +12,10 @@ from train_toys import make_shards
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.train.callbacks.validation import Validation
 from megatron_r1.train.config import ValidationConfig
-from megatron_r1.train.guard import Guard
 from megatron_r1.train.heldout import Document, pack, source_documents
 from megatron_r1.train.rankme import rankme
 from megatron_r1.train.topk_cache import TopKCache
-from megatron_r1.utils.errors import CheckpointError, DataError
-
-# ---------------------------------------------------------------- guard
-
-
-def test_guard_skips_resets_and_gives_up(messages):
-    guard = Guard(3)
-    inf, nan = float("inf"), float("nan")
-    assert guard.accept(1, 2.0, 1.0)
-    assert not guard.accept(2, nan, 1.0)
-    assert not guard.accept(3, 2.0, inf)
-    assert guard.accept(4, 2.0, 1.0)
-    assert guard.in_a_row == 0
-    again = Guard(3)
-    again.load(**guard.state())
-    assert not again.accept(5, inf, inf)
-    assert not again.accept(6, nan, nan)
-    with pytest.raises(DataError, match=r"3 in a row, the last at step 7.*(?s:.)*lower lr\.peak"):
-        again.accept(7, nan, 1.0)
-    assert again.skipped == [2, 3, 5, 6, 7]
-    assert any("step 3" in message and "skipped" in message for message in messages)
-
+from megatron_r1.utils.errors import CheckpointError
 
 # ---------------------------------------------------------------- RankMe
 

@@ -287,8 +287,8 @@ def test_non_finite_steps_are_skipped_written_down_and_survived(tmp_path, shards
     assert found.manifest.skipped_steps == [3, 4]
     assert [record["applied"] for record in found.ledger()] == [True, True, False, False, True, True]
     assert [record["loss"] is None for record in found.metrics()] == [False, False, True, True, False, False]
-    with pytest.raises(DataError, match="2 in a row"):
-        train(tmp_path, settings(guard={"max_bad_steps": 2}), shards=shards)
+    with pytest.raises(DataError, match="no checkpoint before them"):
+        train(tmp_path, settings(guard={"skip": 1, "hold": 0}), shards=shards)
 
 
 def test_the_same_settings_give_the_same_bytes(tmp_path, shards, first):

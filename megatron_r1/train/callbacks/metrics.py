@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from megatron_r1.parallel.optimizer import parameter_norm
 from megatron_r1.train.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -15,8 +16,12 @@ class Metrics(Callback):
 
     Losses are means over the target tokens since the previous record (updates that were skipped do not count); lr and
     grad_norm are this step's; tokens_per_second counts training steps only, not validation and checkpoints; seconds is
-    training time since the phase began. Must come after the callbacks that measure and before those that write.
+    training time since the phase began; source_share is the share of the counted tokens that came from each source. On GPUs mfu is the share
+    of the devices' peak that the model's matrix products used (causal attention counted as what it is, recomputation not at all). Must come after the callbacks that measure and before those that write.
     """
+
+    def __init__(self, flops_per_token: float = 0.0, peak_tflops: float | None = None) -> None:
+        self.flops_per_token, self.peak_tflops = flops_per_token, peak_tflops
 
     def on_step(self, trainer: Trainer) -> None:
         """Fill trainer.record."""
@@ -33,6 +38,10 @@ class Metrics(Callback):
             "tokens_per_second": window.steps * int(trainer.config.global_batch) / max(window.seconds, 1e-9), "seconds": trainer.seconds,
             "skipped": len(trainer.guard.skipped),
         }
+        record["parameter_norm"] = parameter_norm(trainer.chunks, trainer.ctx)
+        if self.peak_tflops is not None:
+            record["mfu"] = record["tokens_per_second"] * self.flops_per_token / (trainer.ctx.world_size * self.peak_tflops * 1e12)
+        record["source_share"] = {name: count / targets for name, (_, count) in window.sources.items()}
         record["source_loss"] = {name: loss / count for name, (loss, count) in window.sources.items() if count}
         trainer.record = {**record, **trainer.objective.record(), **measured}
         trainer.window = type(window)()

@@ -52,6 +52,9 @@ class Scores(Callback):
     def on_start(self, trainer: Trainer) -> None:
         """Cut the files back, take up the directions, listen."""
         self.path = files.part_file(trainer.folder, trainer.ctx.data_rank)
+        if self.objective.engine.aimed:  # a rollback: what the step that went wrong left to hear, and directions of a time that is no more
+            self.objective.take(trainer.step, self.probe_step)
+            self._aim(Directions(), -1)
         if trainer.ctx.is_main:
             self._prepare(trainer)
         trainer.ctx.barrier()
