@@ -1,4 +1,4 @@
-"""The face: `megatron-r1 run | plan | recipes | ledger | export | doctor`. Parses, calls, prints; imports the rest when needed."""
+"""The face: `megatron-r1 run | plan | steps | recipes | ledger | export | doctor`. Parses, calls, prints; imports the rest when needed."""
 
 from __future__ import annotations
 
@@ -41,6 +41,10 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--price", type=float, metavar="X", help="of one GPU for one hour; adds costs")
     plan.set_defaults(action=_plan)
 
+    steps = commands.add_parser("steps", help="list a recipe's steps in order, each with its stage: what launch scripts go through")
+    steps.add_argument("recipe", help="a YAML file or the name of a shipped recipe")
+    steps.set_defaults(action=_steps)
+
     recipes = commands.add_parser("recipes", help="list the shipped recipes")
     recipes.set_defaults(action=_recipes)
 
@@ -59,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what this machine has, and which implementation each operation would take")
     doctor.add_argument("--require", action="append", default=[], metavar="NAME", help="fail unless every operation that has this implementation would use it or a better one, e.g. csrc")
+    doctor.add_argument("--cluster", action="store_true", help="check instead whether the processes of this launch (torchrun, srun) can train together")
+    doctor.add_argument("--runs-dir", type=Path, default=Path(os.environ.get("MEGATRON_R1_RUNS", "runs")), help="with --cluster: where there must be room (default: runs)")
+    doctor.add_argument("--free-gib", type=float, default=20.0, metavar="X", help="with --cluster: how much room, in GiB (default: 20)")
     doctor.set_defaults(action=_doctor)
     return top
 
@@ -110,6 +117,14 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _steps(options: argparse.Namespace) -> int:
+    from megatron_r1.pipeline.recipe import load_recipe
+
+    for name, config in load_recipe(options.recipe).steps.items():
+        print(f"{name}\t{config.stage}")
+    return 0
+
+
 def _recipes(options: argparse.Namespace) -> int:
     from megatron_r1.pipeline.summary import print_recipes
 
@@ -131,6 +146,10 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    if options.cluster:
+        from megatron_r1.parallel.cluster_check import run as check
+
+        return check(options.runs_dir, int(options.free_gib * 2**30))
     from megatron_r1.ops.doctor import run
 
     return run(options.require)

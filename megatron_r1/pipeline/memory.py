@@ -175,8 +175,10 @@ def stage_memory(shape: Shape, stage: int) -> StageMemory:
             moments["loss"] = states + logits * (2 * e + FP32) + teaching
             chunk = logits * e
         else:
-            # The head's gradients are made with the losses: of the states, and of the matrix in fp32 (and a product in half precision).
-            moments["loss"] = states + shape.tokens * model.hidden_size * e + matrix * FP32 + (matrix * e if e < FP32 else 0) + chunk + teaching
+            # The head's gradients are made with the losses: of the states, and of the matrix in fp32. In half precision a chunk's product is
+            # made before it is added; torch widens it first on a CPU.
+            product = matrix * (e + (FP32 if shape.device == "cpu" else 0)) if e < FP32 else 0
+            moments["loss"] = states + shape.tokens * model.hidden_size * e + matrix * FP32 + product + chunk + teaching
     if first:
         moments["the embedding's gradient"] = waiting + matrix * e + 2 * stream - per_layer * in_flight
     return StageMemory(
