@@ -187,7 +187,8 @@ def in_order(steps: list[str]) -> None:
 
 def test_single_node_checks_and_runs_every_step_and_trains_on_all_gpus(tmp_path: Path) -> None:
     check, *calls = record(tmp_path, "single_node.sh", GPUS="4")
-    assert check[0] == "torchrun" and "--cluster" in check
+    assert check[0] == "torchrun"
+    assert "--cluster" in check
     check_command(check)
     in_order([call[-1] for call in calls])
     recipe = load_recipe("mobilellm_r1_140m")
@@ -211,7 +212,8 @@ def test_slurm_chain(tmp_path: Path) -> None:
         assert exports(call)["SINGLE"] == ("0" if trains else "1")
         assert call[call.index("--nodes") + 1] == ("3" if trains else "1")
         depends = [word for word in call if word.startswith("--dependency=afterok:")]
-        assert len(depends) == (number > 0) and all(word.split(":")[1].isdigit() for word in depends)
+        assert len(depends) == (number > 0)
+        assert all(word.split(":")[1].isdigit() for word in depends)
         assert "--time=1:00" in call
         assert (Path(exports(call)["LAUNCH"]) / "rank.sh").is_file()
 
@@ -233,9 +235,11 @@ def test_slurm_step_checks_then_starts_a_process_for_every_gpu(tmp_path: Path) -
     _, check, step = record(tmp_path, "slurm/step.sbatch", **JOB)
     for call in (check, step):
         assert call[0] == "srun"
-        assert call[call.index("--nodes") + 1] == "2" and call[call.index("--ntasks-per-node") + 1] == "4"
+        assert call[call.index("--nodes") + 1] == "2"
+        assert call[call.index("--ntasks-per-node") + 1] == "4"
         check_command(call[call.index("megatron-r1") :])
-    assert "doctor" in check and "--cluster" in check
+    assert "doctor" in check
+    assert "--cluster" in check
     assert step[-2:] == ["--only", "pretrain1"]
     assert len(record(tmp_path, "slurm/step.sbatch", CHECK="0", **JOB)) == 5  # three before
 

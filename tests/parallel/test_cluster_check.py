@@ -22,7 +22,8 @@ def cluster(**of_the_last: object) -> list[Report]:
 
 def test_a_good_cluster_has_no_problems() -> None:
     assert judge(cluster(), 100 << 30) == judge(cluster()[:1], 0)
-    assert not judge(cluster(), 100 << 30).problems and not judge(cluster(), 100 << 30).remarks
+    assert not judge(cluster(), 100 << 30).problems
+    assert not judge(cluster(), 100 << 30).remarks
 
 
 @pytest.mark.parametrize(
@@ -47,14 +48,17 @@ def test_what_must_not_train_is_named(wrong: dict, words: tuple[str, ...]) -> No
 @pytest.mark.parametrize(("version", "bad"), [((2, 28, 2), False), ((2, 28, 3), True), ((2, 28, 8), True), ((2, 28, 9), False), ((2, 29, 0), False)])
 def test_nccl_versions_to_avoid(version: tuple[int, ...], bad: bool) -> None:
     problems = judge([replace(one, nccl=version) for one in cluster()], 0).problems
-    assert bool(problems) == bad and all("NCCL" in text for text in problems)
+    assert bool(problems) == bad
+    assert all("NCCL" in text for text in problems)
 
 
 def test_remarks_stop_nothing() -> None:
     slow = judge(cluster(gpus=[GOOD | {"clocks.max.sm": "1410"}]), 0)
-    assert not slow.problems and slow.remarks == ["node2: GPU 0 goes up to 1410 MHz, others to 1980"]
+    assert not slow.problems
+    assert slow.remarks == ["node2: GPU 0 goes up to 1410 MHz, others to 1980"]
     unknown = judge(cluster(gpus=[], remark="nvidia-smi does not run: no such file"), 0)
-    assert not unknown.problems and "were not looked at" in unknown.remarks[0]
+    assert not unknown.problems
+    assert "were not looked at" in unknown.remarks[0]
     assert not judge(cluster(gpus=[GOOD | {"ecc.errors.uncorrected.volatile.total": "[N/A]"}]), 0).problems, "cards without ECC"
 
 
@@ -64,7 +68,9 @@ def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     rows, why = nvidia_smi()
-    assert not why and [row["index"] for row in rows] == ["0", "1"] and rows[1]["ecc.errors.uncorrected.volatile.total"] == "4"
+    assert not why
+    assert [row["index"] for row in rows] == ["0", "1"]
+    assert rows[1]["ecc.errors.uncorrected.volatile.total"] == "4"
     assert len(judge(cluster(gpus=rows), 0).problems) == 2
     program.write_text("#!/bin/sh\necho 'no devices were found'; exit 6\n")
     assert nvidia_smi() == ([], "nvidia-smi fails: no devices were found")
@@ -73,7 +79,8 @@ def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_code_has_one_fingerprint() -> None:
-    assert code_fingerprint() == code_fingerprint() and len(code_fingerprint()) == 12
+    assert code_fingerprint() == code_fingerprint()
+    assert len(code_fingerprint()) == 12
 
 
 def test_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,4 +89,5 @@ def test_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "fit to train" in capsys.readouterr().out
     assert main(["doctor", "--cluster", "--runs-dir", str(tmp_path), "--free-gib", "1e9"]) == 1
     captured = capsys.readouterr()
-    assert "not fit to train" in captured.out and "are needed" in captured.err
+    assert "not fit to train" in captured.out
+    assert "are needed" in captured.err

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_r1.cli import main
 from megatron_r1.pipeline.cluster import Cluster
 from megatron_r1.pipeline.derive import StepPlan, derive, print_plans, size
 from megatron_r1.pipeline.recipe import load_recipe
