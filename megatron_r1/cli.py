@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=int, metavar="N", help="GPUs that work on one step")
     plan.add_argument("--per-node", type=int, metavar="N", help="GPUs of one machine (default: 8)")
     plan.add_argument("--gpu", metavar="NAME", help="which GPU (default: h100)")
+    plan.add_argument("--memory", metavar="SIZE", help="memory of one GPU, such as '80 GiB' (default: the data sheet's)")
     plan.add_argument("--mfu", type=float, metavar="X", help="share of the peak that training is assumed to sustain (default: 0.35)")
     plan.add_argument("--tflops", type=float, metavar="X", help="TFLOP/s one GPU sustains, measured (read it from a training log), instead of --mfu")
     plan.add_argument("--price", type=float, metavar="X", help="of one GPU for one hour; adds costs")
@@ -112,7 +113,7 @@ def _plan(options: argparse.Namespace) -> int:
     from megatron_r1.pipeline.cluster import load_cluster, print_cluster_plan
     from megatron_r1.pipeline.recipe import load_recipe
 
-    given = {name: getattr(options, name) for name in ("gpus", "per_node", "gpu", "mfu", "tflops", "price")}
+    given = {name: getattr(options, name) for name in ("gpus", "per_node", "gpu", "memory", "mfu", "tflops", "price")}
     print_cluster_plan(load_recipe(options.recipe, options.overrides), load_cluster(options.cluster, **given))
     return 0
 

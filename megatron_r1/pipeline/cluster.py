@@ -34,7 +34,7 @@ class Cluster(Frozen):
 
     gpus: int = Field(gt=0, description="GPUs that work on one step")
     per_node: int = Field(8, gt=0, description="GPUs of one machine; tensor parallelism stays inside")
-    gpu: str = Field("h100", description="device, a name of utils/devices.py; another one needs peak_tflops and memory")
+    gpu: str = Field("h100", description="device, a name of utils/devices.py; another one, such as cpu, needs memory and peak_tflops or tflops")
     peak_tflops: float | None = Field(None, gt=0, description="10^12 FLOP/s of dense bf16 products at best; none: the data sheet's")
     memory: Bytes | None = Field(None, gt=0, description="memory of one GPU, such as '80 GiB'; none: the data sheet's")
     reserve: Bytes = Field(Bytes(4 << 30), ge=0, description="memory of a GPU that is not the training step's: runtime, communication buffers, fragmentation")
@@ -67,7 +67,7 @@ class Cluster(Frozen):
 
     def describe(self) -> str:
         """One line."""
-        speed = f"{self.tflops:g} TFLOP/s each (measured)" if self.tflops else f"{self.sustained / self.gpus / 1e12:.0f} TFLOP/s each (assumed: {100 * self.mfu:g} % of the peak)"
+        speed = f"{self.tflops:g} TFLOP/s each (given)" if self.tflops else f"{self.sustained / self.gpus / 1e12:.0f} TFLOP/s each (assumed: {100 * self.mfu:g} % of the peak)"
         return f"{self.gpus} x {self.gpu} ({-(-self.gpus // self.per_node)} nodes), {speed}, {size(self.usable)} of memory for a step"
 
 
@@ -141,7 +141,8 @@ def _need(config: Any, changes: dict[str, Any], model: ModelConfig, teacher: Mod
             found=f"{int(config.micro_batch)} x {copies} ({cluster.gpus} GPUs)",
             fix=f"set micro_batch to {fits[0]}" if fits else f"use a number of GPUs whose {layout.model_parallel()}th part divides {config.sequences_per_step}",
         )  # fmt: skip
-    shapes = [shape_of(config.model_copy(update={"recompute": again}), model, copies, "gpu", teacher) for again in (config.recompute, True)]
+    kind = "cpu" if cluster.gpu == "cpu" else "gpu"
+    shapes = [shape_of(config.model_copy(update={"recompute": again}), model, copies, kind, teacher) for again in (config.recompute, True)]
     return Need(config, changes, largest(shapes[0]), largest(shapes[1]), copies)
 
 
