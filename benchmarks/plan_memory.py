@@ -2,7 +2,8 @@
 """Memory of a training step: what `megatron-r1 plan` computes against what torch's allocator counts, for several models and settings.
 
 Measured: every allocation and release of torch's CPU allocator from before the model is built to the end of a second step, and their
-highest sum; on a GPU (--device gpu) `max_memory_allocated`. Each case is a process of its own.
+highest sum; on a GPU (--device gpu) `max_memory_allocated`. Each case is a process of its own, or several (gloo): then every
+process is compared with the estimate for its pipeline stage, and the one that is furthest off is shown.
     python benchmarks/plan_memory.py                    # prints a table, appends dated rows to benchmarks/results/plan_memory.jsonl
     python benchmarks/plan_memory.py --case tiny --dry   # one case, nothing written
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -27,6 +29,10 @@ CASES: dict[str, dict] = {
     "untied": {"model": {"preset": "small", "tied_embeddings": False}, "micro": 4, "length": 256, "micros": 2},
     "vocabulary": {"model": {"preset": "tiny", "vocab_size": 128256}, "micro": 1, "length": 256, "micros": 1},
     "sharded": {"model": {"preset": "small"}, "micro": 4, "length": 256, "micros": 1, "layout": {"distributed_optimizer": True}},
+    "tensor": {"model": {"preset": "small"}, "micro": 8, "length": 256, "micros": 1, "layout": {"tensor": 2, "sequence_parallel": True}, "processes": 2},
+    "tensor_only": {"model": {"preset": "small"}, "micro": 8, "length": 256, "micros": 1, "layout": {"tensor": 2}, "processes": 2},
+    "pipeline": {"model": {"preset": "small"}, "micro": 4, "length": 256, "micros": 4, "layout": {"pipeline": 2}, "processes": 2},
+    "data": {"model": {"preset": "small"}, "micro": 4, "length": 256, "micros": 1, "layout": {"distributed_optimizer": True}, "processes": 2},
     "sharded_bf16": {"model": {"preset": "small"}, "micro": 4, "length": 256, "micros": 1, "precision": "bf16", "layout": {"distributed_optimizer": True}},
 }
 
@@ -42,15 +48,15 @@ def measure(name: str, device: str) -> dict:
     from megatron_r1.parallel.ddp import wrap
     from megatron_r1.parallel.optimizer import build_optimizer, step
     from megatron_r1.parallel.schedule import forward_backward
-    from megatron_r1.pipeline.memory import Shape, largest
+    from megatron_r1.pipeline.memory import Shape, stage_memory
     from megatron_r1.train.objectives import Objective
 
     case = CASES[name]
     model, layout = ModelConfig.model_validate(case["model"]), LayoutConfig.model_validate({"device": device, **case.get("layout", {})})
     precision, recompute = case.get("precision", "fp32"), case.get("recompute", False)
-    shape = Shape(model, layout, 1, case["micro"], case["length"], case["micros"], precision, recompute, device)
-    memory = largest(shape)
     ctx = initialize(layout)
+    shape = Shape(model, layout, ctx.data_size, case["micro"], case["length"], case["micros"], precision, recompute, device)
+    memory = stage_memory(shape, ctx.pipeline_rank)
 
     def run() -> None:
         chunks = wrap(build_model(model, ctx, seed=1, precision=precision, recompute=recompute), layout, ctx)
@@ -81,10 +87,12 @@ def measure(name: str, device: str) -> dict:
         for event in sorted(events, key=lambda event: event.start_ns()):
             held += event.nbytes()
             measured = max(measured, held)
+    every = ctx.gather_objects({"measured": measured, "estimated": memory.peak, "moment": memory.moment, "stage": memory.stage})
+    worst = max(every, key=lambda one: abs(one["estimated"] / one["measured"] - 1))
     return {
         "case": name, "model": case["model"], "micro_batch": case["micro"], "seq_length": case["length"], "microbatches": case["micros"], "precision": precision,
-        "recompute": recompute, "layout": case.get("layout", {}), "device": device, "measured": measured, "estimated": memory.peak,
-        "error": round(memory.peak / measured - 1, 4), "moment": memory.moment,
+        "recompute": recompute, "layout": case.get("layout", {}), "device": device, "processes": ctx.world_size, **worst,
+        "error": round(worst["estimated"] / worst["measured"] - 1, 4),
         "parts": {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer, "activations": memory.activations, "working": memory.working},
     }  # fmt: skip
 
@@ -98,14 +106,18 @@ def main() -> int:
     parser.add_argument("--here", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        print(json.dumps(measure(options.here, options.device)))
+        row = json.dumps(measure(options.here, options.device))
+        if os.environ.get("RANK", "0") == "0":
+            print(row, flush=True)
         return 0
     from megatron_r1.utils.machine import describe, versions
 
     rows = []
     print(f"{'case':16} {'measured MiB':>13} {'estimated MiB':>14} {'error':>8}  peak at")
     for name in options.case or CASES:
-        done = subprocess.run([sys.executable, __file__, "--here", name, "--device", options.device], capture_output=True, text=True)
+        processes = CASES[name].get("processes", 1)
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        done = subprocess.run([sys.executable, *several, __file__, "--here", name, "--device", options.device], capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
         row = json.loads(done.stdout.splitlines()[-1])

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_r1.cli import parser  # noqa: E402
 from megatron_r1.model.config import PRESETS  # noqa: E402
+from megatron_r1.pipeline.cluster import load_cluster  # noqa: E402
 from megatron_r1.pipeline.recipe import explain, load_recipe, shipped  # noqa: E402
 from megatron_r1.utils.errors import REQUEUE_EXIT_CODE  # noqa: E402
 
@@ -103,7 +104,10 @@ def examples() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "text"), examples(), ids=[f"{page}-{i}" for i, (page, _) in enumerate(examples())])
 def test_recipes_in_the_documentation_are_valid(page: str, text: str, tmp_path: Path) -> None:
     (tmp_path / "example.yaml").write_text(text, "utf-8")
-    assert load_recipe(str(tmp_path / "example.yaml")).steps
+    if text.startswith("gpus:"):
+        assert load_cluster(tmp_path / "example.yaml").gpus
+    else:
+        assert load_recipe(str(tmp_path / "example.yaml")).steps
 
 
 # ------------------------------------------------------------------------------------------------ paths and links
