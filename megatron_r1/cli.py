@@ -1,4 +1,4 @@
-"""The face: `megatron-r1 run | recipes | ledger | export | doctor`. Parses, calls, prints; imports the rest when needed."""
+"""The face: `megatron-r1 run | plan | steps | recipes | ledger | export | doctor`. Parses, calls, prints; imports the rest when needed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,25 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--runs-dir", type=Path, default=Path(os.environ.get("MEGATRON_R1_RUNS", "runs")), help="where runs are kept (default: runs)")
     run.add_argument("--verify", choices=("full", "sizes", "none"), default="full", help="how complete steps are checked before they are skipped")
     run.add_argument("--dry-run", action="store_true", help="print the resolved recipe, derived values and what each step would do; run nothing")
-    run.add_argument("--devices", type=int, default=1, metavar="N", help="with --dry-run and --tflops: devices that share the work (default: 1)")
-    run.add_argument("--tflops", type=float, metavar="X", help="with --dry-run: TFLOP/s one device sustains (read it from a training log); adds hours to every step")
     run.add_argument("--explain", metavar="KEY", help="tell what a setting means and where its value came from; run nothing")
     run.set_defaults(action=_run)
+
+    plan = commands.add_parser("plan", help="memory per GPU, tokens a second, days and cost of a recipe on a cluster")
+    plan.add_argument("recipe", help="a YAML file or the name of a shipped recipe")
+    plan.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a setting of the recipe")
+    plan.add_argument("--cluster", type=Path, metavar="FILE", help="a YAML file that describes the cluster (docs/clusters.md); the options below override it")
+    plan.add_argument("--gpus", type=int, metavar="N", help="GPUs that work on one step")
+    plan.add_argument("--per-node", type=int, metavar="N", help="GPUs of one machine (default: 8)")
+    plan.add_argument("--gpu", metavar="NAME", help="which GPU (default: h100)")
+    plan.add_argument("--memory", metavar="SIZE", help="memory of one GPU, such as '80 GiB' (default: the data sheet's)")
+    plan.add_argument("--mfu", type=float, metavar="X", help="share of the peak that training is assumed to sustain (default: 0.35)")
+    plan.add_argument("--tflops", type=float, metavar="X", help="TFLOP/s one GPU sustains, measured (read it from a training log), instead of --mfu")
+    plan.add_argument("--price", type=float, metavar="X", help="of one GPU for one hour; adds costs")
+    plan.set_defaults(action=_plan)
+
+    steps = commands.add_parser("steps", help="list a recipe's steps in order, each with its stage: what launch scripts go through")
+    steps.add_argument("recipe", help="a YAML file or the name of a shipped recipe")
+    steps.set_defaults(action=_steps)
 
     recipes = commands.add_parser("recipes", help="list the shipped recipes")
     recipes.set_defaults(action=_recipes)
@@ -49,6 +64,9 @@ def parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what this machine has, and which implementation each operation would take")
     doctor.add_argument("--require", action="append", default=[], metavar="NAME", help="fail unless every operation that has this implementation would use it or a better one, e.g. csrc")
+    doctor.add_argument("--cluster", action="store_true", help="check instead whether the processes of this launch (torchrun, srun) can train together")
+    doctor.add_argument("--runs-dir", type=Path, default=Path(os.environ.get("MEGATRON_R1_RUNS", "runs")), help="with --cluster: where there must be room (default: runs)")
+    doctor.add_argument("--free-gib", type=float, default=20.0, metavar="X", help="with --cluster: how much room, in GiB (default: 20)")
     doctor.set_defaults(action=_doctor)
     return top
 
@@ -81,13 +99,30 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         from megatron_r1.pipeline.plan import print_plan
 
-        print_plan(recipe, options.runs_dir, options.devices, options.tflops)
+        print_plan(recipe, options.runs_dir)
         return 0
     from megatron_r1.pipeline.runner import run_recipe
     from megatron_r1.pipeline.summary import print_summary
 
     done = run_recipe(recipe, options.runs_dir, _command(), options.only, options.until, options.verify)
     print_summary(done)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from megatron_r1.pipeline.cluster import load_cluster, print_cluster_plan
+    from megatron_r1.pipeline.recipe import load_recipe
+
+    given = {name: getattr(options, name) for name in ("gpus", "per_node", "gpu", "memory", "mfu", "tflops", "price")}
+    print_cluster_plan(load_recipe(options.recipe, options.overrides), load_cluster(options.cluster, **given))
+    return 0
+
+
+def _steps(options: argparse.Namespace) -> int:
+    from megatron_r1.pipeline.recipe import load_recipe
+
+    for name, config in load_recipe(options.recipe).steps.items():
+        print(f"{name}\t{config.stage}")
     return 0
 
 
@@ -112,6 +147,10 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    if options.cluster:
+        from megatron_r1.parallel.cluster_check import run as check
+
+        return check(options.runs_dir, int(options.free_gib * 2**30))
     from megatron_r1.ops.doctor import run
 
     return run(options.require)

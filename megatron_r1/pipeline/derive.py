@@ -56,19 +56,6 @@ class SourcePlan:
 
 
 @dataclass(frozen=True)
-class Rate:
-    """What the machines do."""
-
-    devices: int
-    tflops: float
-    """Sustained 10^12 FLOP/s of one device, in the sense of `ModelConfig.flops_per_token`."""
-
-    def hours(self, flops: float) -> float:
-        """All devices working together, without waiting for each other."""
-        return flops / (self.devices * self.tflops * 1e12) / 3600
-
-
-@dataclass(frozen=True)
 class StepPlan:
     """Derived values of one step; None where a value does not apply or is known only after an earlier step ran."""
 
@@ -236,7 +223,7 @@ def _train(recipe: Recipe, step: str) -> dict[str, Any]:
     if tokens is not None:
         flops = tokens * model.flops_per_token(length, training=True)
         if config.objective == "distill":
-            teacher = _teacher(recipe, config)
+            teacher = teacher_of(recipe, config)
             if teacher is None:
                 notes.append("FLOPs without the teacher's forward passes: its size is not known here")
             else:
@@ -262,7 +249,7 @@ def _expected_rows(recipe: Recipe, corpus: str) -> int | None:
     return round(sum(rows) * (1 - config.splits.probe - config.splits.test)) if all(rows) else None
 
 
-def _teacher(recipe: Recipe, config: Any) -> ModelConfig | None:
+def teacher_of(recipe: Recipe, config: Any) -> ModelConfig | None:
     """The teacher's shape: a train step's, or that of a Hugging Face folder when it lies on this machine."""
     if config.inputs.teacher is not None:
         return model_of(recipe, config.inputs.teacher)
@@ -360,28 +347,20 @@ def _summed(label: str, plans: list[StepPlan]) -> StepPlan:
     )  # fmt: skip
 
 
-def print_plans(plans: Iterable[StepPlan], console: Console, rate: Rate | None = None, families: Mapping[str, list[str]] | None = None) -> None:
+def print_plans(plans: Iterable[StepPlan], console: Console, families: Mapping[str, list[str]] | None = None) -> None:
     """Two tables: the steps, and what every source gives to every phase; then one line per step on what it would do. A family
     is one line with the sums of its steps."""
     plans = together(plans, families or {})
-    hours = [] if rate is None else ["hours"]
-    columns = _right("parameters", "sequences a step", "steps", "tokens", "FLOPs", *hours, "on disk")
+    columns = right("parameters", "sequences a step", "steps", "tokens", "FLOPs", "on disk")
     steps = Table("step", "stage", *columns, title="derived values", title_justify="left")
     for plan in plans:
         batch = "" if plan.sequences_per_step is None else f"{plan.sequences_per_step:,}"
-        time = [] if rate is None else ["" if plan.flops is None else f"{rate.hours(plan.flops):.3g}"]
         steps.add_row(
             plan.step, plan.stage, _count(plan.parameters), batch, _count(plan.steps), "" if plan.tokens is None else human(plan.tokens),
-            "" if plan.flops is None else f"{plan.flops:.3g}", *time, "" if plan.bytes is None else size(plan.bytes),
+            "" if plan.flops is None else f"{plan.flops:.3g}", "" if plan.bytes is None else size(plan.bytes),
         )
     console.print(steps)
-    if rate is not None:
-        known = sum(plan.flops or 0 for plan in plans)
-        console.print(
-            f"hours: FLOPs over {rate.devices} device{'s' * (rate.devices > 1)} at {rate.tflops:g} TFLOP/s each; {rate.hours(known):,.3g} in all, "
-            f"{rate.devices * rate.hours(known):,.3g} device-hours", markup=False, soft_wrap=True,
-        )  # fmt: skip
-    data = Table("step", "source", *_right("share", "tokens", "pool", "epochs"), title="sources", title_justify="left")
+    data = Table("step", "source", *right("share", "tokens", "pool", "epochs"), title="sources", title_justify="left")
     trained = [_shares(plan) for plan in plans if plan.stage == "train"]
     for plan in plans:
         if plan.stage == "mixture" and _shares(plan) in trained:
@@ -404,7 +383,8 @@ def _shares(plan: StepPlan) -> dict[str, float]:
     return {name: source.share for name, source in plan.sources.items()}
 
 
-def _right(*titles: str) -> list[Any]:
+def right(*titles: str) -> list[Any]:
+    """Columns of numbers."""
     from rich.table import Column
 
     return [Column(title, justify="right") for title in titles]

@@ -8,25 +8,17 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from megatron_r1.pipeline.derive import Rate, derive, print_plans
+from megatron_r1.pipeline.derive import derive, print_plans
 from megatron_r1.pipeline.recipe import Recipe
-from megatron_r1.utils.errors import ConfigError
 
 
-def print_plan(recipe: Recipe, runs_dir: Path, devices: int = 1, tflops: float | None = None) -> None:
-    """The resolved recipe, then the derived values of every step; hours too when the speed of a device is given.
-
-    Raises ConfigError for a speed or a number of devices that is not positive.
-    """
-    if devices < 1 or (tflops is not None and not tflops > 0):
-        raise ConfigError(
-            expected="--devices of 1 or more and --tflops above 0", found=f"{devices} and {tflops}", fix="give what one device sustains, in 10^12 FLOP/s",
-        )  # fmt: skip
+def print_plan(recipe: Recipe, runs_dir: Path) -> None:
+    """The resolved recipe, then the derived values of every step."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # nothing is cut in a log
     console.print(yaml.safe_dump(_families_once(recipe), sort_keys=False, allow_unicode=True), markup=False, highlight=False, soft_wrap=True)
-    print_plans(derive(recipe), console, None if tflops is None else Rate(devices, tflops), recipe.families)
+    print_plans(derive(recipe), console, recipe.families)
     console.print(f"artifacts would go to {Path(runs_dir) / recipe.name}", soft_wrap=True)
 
 

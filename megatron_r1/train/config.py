@@ -235,7 +235,7 @@ class TrainConfig(StageConfig):
     guard: GuardConfig = Field(GuardConfig(), description="losses and gradients that are not finite or leap")
     deterministic: bool = Field(False, description="only operations that give the same bits every time, an error where there is none (docs/training.md says what it costs)")
     time_limit: Duration | None = Field(
-        None, description="save and exit with status 143 after this time since the job began, such as '23.5 h'; none: no limit", json_schema_extra=HOW
+        None, description="save and exit with status 85 after this time since the job began, such as '23.5 h'; none: no limit", json_schema_extra=HOW
     )
     watch: WatchConfig = Field(WatchConfig(), description="hangs, slow ranks, mfu, Weights & Biases", json_schema_extra=HOW)
 

@@ -37,8 +37,8 @@ from megatron_r1.train.ledger import documents_of_step
 from megatron_r1.train.lr import learning_rate, warmup_steps
 from megatron_r1.train.objectives import Objective
 from megatron_r1.train.resume import newest_complete
-from megatron_r1.train.stop import EXIT_TERMINATED, StopSignal, stop_on_request
-from megatron_r1.utils.errors import CheckpointError
+from megatron_r1.train.stop import StopSignal, stop_on_request
+from megatron_r1.utils.errors import REQUEUE_EXIT_CODE, CheckpointError
 from megatron_r1.utils.logging import Bar, get_logger, progress
 
 log = get_logger("train")
@@ -137,7 +137,7 @@ class Trainer:
     # ---------------------------------------------------------------- running
 
     def train(self) -> None:
-        """Run to the last step. SystemExit(EXIT_TERMINATED) after SIGTERM, SIGUSR1 or time_limit, with a checkpoint of the last finished step."""
+        """Run to the last step. SystemExit(REQUEUE_EXIT_CODE) after SIGTERM, SIGUSR1 or time_limit, with a checkpoint of the last finished step."""
         limit = self.config.time_limit
         left = (self.total - self.step) * int(self.config.global_batch)
         with stop_on_request(limit) as stop, progress(self.name, left, enabled=self.ctx.is_main) as bar:
@@ -188,7 +188,7 @@ class Trainer:
 
     def _exit(self) -> None:
         log.warning("stopped after step %d as asked; the same command goes on from there", self.step)
-        raise SystemExit(EXIT_TERMINATED)
+        raise SystemExit(REQUEUE_EXIT_CODE)
 
     def _any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank. Collective."""

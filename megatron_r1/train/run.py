@@ -33,7 +33,6 @@ from megatron_r1.parallel import checkpoint, device
 from megatron_r1.parallel.context import ParallelContext, initialize
 from megatron_r1.parallel.ddp import wrap
 from megatron_r1.parallel.optimizer import build_optimizer, local_states, set_adam_step
-from megatron_r1.parallel.peaks import peak_tflops
 from megatron_r1.parallel.vocab import vocab_shard
 from megatron_r1.train import teacher as teachers
 from megatron_r1.train import teacher_cache
@@ -58,6 +57,7 @@ from megatron_r1.train.resume import alone, newest_complete
 from megatron_r1.train.scores import ScoredNextToken
 from megatron_r1.train.topk_cache import TopKCache
 from megatron_r1.utils import io
+from megatron_r1.utils.devices import peak_tflops
 from megatron_r1.utils.errors import ArtifactError, ConfigError, DataError
 from megatron_r1.utils.logging import get_logger, human
 from megatron_r1.utils.machine import peak_memory_bytes
@@ -70,7 +70,7 @@ def run(config: TrainConfig, inputs: Inputs, work: Workspace) -> Artifact:
     """Train one phase; every rank calls it. Inputs: shards, mixture, checkpoint, teacher, reference, probe.
 
     Raises ConfigError, DataError, ParallelError or CheckpointError before the first step when something does not fit;
-    SystemExit(143) after SIGTERM, SIGUSR1 or time_limit, with a checkpoint of the last finished step. EnvironmentProblem when another
+    SystemExit(85) after SIGTERM, SIGUSR1 or time_limit, with a checkpoint of the last finished step. EnvironmentProblem when another
     run works in `work`.
     """
     device.deterministic(config.deterministic)

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from megatron_r1.utils.errors import REQUEUE_EXIT_CODE
 from megatron_r1.utils.logging import duration, get_logger
 
 log = get_logger("train.stop")
-EXIT_TERMINATED = 143
-"""Exit status of "stopped as asked with a checkpoint; run the same command again": what a batch script requeues on."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -40,7 +39,7 @@ class StopSignal:
         self._asked = True
         if not self._told:
             self._told = True
-            log.warning("%s: finishing the step at hand, saving a checkpoint, then exiting with code %d", why, EXIT_TERMINATED)
+            log.warning("%s: finishing the step at hand, saving a checkpoint, then exiting with code %d", why, REQUEUE_EXIT_CODE)
 
 
 def job_began() -> float:

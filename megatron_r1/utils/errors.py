@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+REQUEUE_EXIT_CODE = 85
+"""Exit status of a run that stopped because it was asked to (SIGTERM, wall-clock limit) after saving: start the same command again.
+The Slurm scripts of examples/launch requeue on it."""
+
 
 class R1Error(Exception):
     """Base of every error meant for a user.

@@ -129,8 +129,8 @@ def test_every_module_imports_without_gpu_or_optional_packages() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["recipes"], ["run", "quickstart", "--dry-run"], ["run", "quickstart", "--explain", "steps.pretrain1.lr.peak"]],
-    ids=["help", "recipes", "dry-run", "explain"],
+    [["--help"], ["recipes"], ["run", "quickstart", "--dry-run"], ["run", "quickstart", "--explain", "steps.pretrain1.lr.peak"], ["plan", "quickstart", "--gpus", "8"], ["steps", "quickstart"]],
+    ids=["help", "recipes", "dry-run", "explain", "plan", "steps"],
 )
 def test_the_face_needs_no_torch(arguments: list[str], tmp_path: Path) -> None:
     code = (

@@ -58,7 +58,7 @@ def test_a_fault_on_one_rank_is_decided_for_all(runs, alone, fault, layout):
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both(runs):
-    assert runs[0]["signalled"] == runs[1]["signalled"] == [143, ["step-00000002", "step-00000004"], True]
+    assert runs[0]["signalled"] == runs[1]["signalled"] == [85, ["step-00000002", "step-00000004"], True]
 
 
 @pytest.mark.slow

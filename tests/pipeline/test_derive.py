@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_r1.cli import main
-from megatron_r1.pipeline.derive import Rate, StepPlan, derive, print_plans, size
+from megatron_r1.pipeline.cluster import Cluster
+from megatron_r1.pipeline.derive import StepPlan, derive, print_plans, size
 from megatron_r1.pipeline.recipe import load_recipe
 
 RECIPE = """
@@ -254,7 +254,7 @@ steps:
     )  # fmt: skip
     plans = [plan for plan in derive(load_recipe(path)) if plan.stage == "influence"]
     assert [plan.tokens for plan in plans] == [14 * 10_000 * 1024] * 3
-    assert 1 < sum(Rate(1, 400.0).hours(plan.flops) for plan in plans) < 8
+    assert 1 < sum(Cluster(gpus=1, tflops=400.0).hours(plan.flops) for plan in plans) < 8
     assert plans[0].sizes["scores"] == 14 * 10_000 * 10 * 3 * 8
 
 
@@ -297,22 +297,6 @@ def test_table(plans: dict[str, StepPlan]) -> None:
         assert words in printed
     # The mixture and the phase that trains on it have the same rows: printed once.
     assert printed.count("38.4k") == 1
-
-
-def test_hours(plans: dict[str, StepPlan]) -> None:
-    assert Rate(4, 0.5).hours(3600 * 2e12) == 1
-    text = io.StringIO()
-    print_plans(plans.values(), Console(file=text, width=160), Rate(4, 1e-6))
-    assert "hours" in text.getvalue().splitlines()[2]
-    known = sum(plan.flops or 0 for plan in plans.values())
-    assert f"{known / 4e6 / 3600:,.3g} in all" in text.getvalue()
-    assert f"{known / 1e6 / 3600:,.3g} device-hours" in text.getvalue()
-
-
-@pytest.mark.parametrize("wrong", [["--devices", "0"], ["--tflops", "0"], ["--tflops", "nan"]])
-def test_a_speed_that_is_none(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "quickstart", "--dry-run", *wrong]) == 2
-    assert "--tflops above 0" in capsys.readouterr().err
 
 
 def test_size() -> None:

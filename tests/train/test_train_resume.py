@@ -12,7 +12,6 @@ from train_toys import final_bytes, resumable, timeless, train
 from megatron_r1.artifacts.base import open_artifact, open_workspace
 from megatron_r1.artifacts.checkpoint import CheckpointSet
 from megatron_r1.train import loop, run
-from megatron_r1.train.stop import EXIT_TERMINATED
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -95,7 +94,7 @@ def test_sigterm_saves_and_exits_with_the_stated_code(tmp_path, shards, straight
         patch.setattr(loop.Trainer, "_update", asked)
         with pytest.raises(SystemExit) as stopped:
             train(tmp_path, resumable(), shards=shards)
-    assert stopped.value.code == EXIT_TERMINATED == 143
+    assert stopped.value.code == REQUEUE_EXIT_CODE == 85
     assert signal.getsignal(signal.SIGTERM) is before
     work = open_workspace(tmp_path, "train", "checkpoint", resumable(), {"shards": shards}).path
     assert (work / "checkpoints" / "step-00000003").is_dir()

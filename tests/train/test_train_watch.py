@@ -20,11 +20,11 @@ from megatron_r1.artifacts.checkpoint import CheckpointSet
 from megatron_r1.config.units import Duration
 from megatron_r1.model.config import PRESETS
 from megatron_r1.parallel import device
-from megatron_r1.parallel.peaks import peak_tflops
 from megatron_r1.train import loop, run, stop
 from megatron_r1.train.callbacks.metrics import Metrics
 from megatron_r1.train.callbacks.watch import Watchdog, slow_ranks
-from megatron_r1.utils.errors import EnvironmentProblem
+from megatron_r1.utils.devices import peak_tflops
+from megatron_r1.utils.errors import REQUEUE_EXIT_CODE, EnvironmentProblem
 
 # ---------------------------------------------------------------- hangs and slow ranks
 
@@ -117,7 +117,7 @@ def test_time_limit_saves_and_the_next_job_goes_on(tmp_path, shards, monkeypatch
             train(tmp_path, config, shards=shards)
         with pytest.raises(SystemExit) as second:
             train(tmp_path, config, shards=shards)
-    assert first.value.code == second.value.code == stop.EXIT_TERMINATED == 143
+    assert first.value.code == second.value.code == REQUEUE_EXIT_CODE == 85
     folders = list(tmp_path.rglob("step-0*"))
     assert [path.name for path in folders] == ["step-00000003"]
     monkeypatch.setattr(stop, "job_began", lambda: began)
