@@ -267,6 +267,12 @@ def test_a_job_requeues_itself_on_one_status_only(tmp_path: Path, code: int, res
     assert (["scontrol", "requeue", "7"] in calls) == requeued
 
 
+@pytest.mark.parametrize(("code", "requeued"), [(143, True), (REQUEUE_EXIT_CODE, False), (137, False), (1, False), (0, False)])
+def test_a_step_of_one_process_requeues_itself_after_sigterm(tmp_path: Path, code: int, requeued: bool) -> None:
+    calls = record(tmp_path, "slurm/step.sbatch", status=0 if requeued else code, srun=f"exit {code}\n", SINGLE="1", **JOB)
+    assert (["scontrol", "requeue", "7"] in calls) == requeued
+
+
 def test_nothing_starts_on_a_cluster_that_is_not_fit(tmp_path: Path) -> None:
     calls = record(tmp_path, "slurm/step.sbatch", status=1, srun="exit 1\n", **JOB)
     assert sum(call[0] == "srun" for call in calls) == 1

@@ -12,6 +12,7 @@ from train_toys import final_bytes, resumable, timeless, train
 from megatron_r1.artifacts.base import open_artifact, open_workspace
 from megatron_r1.artifacts.checkpoint import CheckpointSet
 from megatron_r1.train import loop, run
+from megatron_r1.utils.errors import REQUEUE_EXIT_CODE
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
