@@ -119,7 +119,11 @@ class Artifact:
             size = path.stat().st_size
             if size != record.bytes:
                 self._damaged(relative, f"{record.bytes} bytes", f"{size} bytes")
-            if level == "full" and (digest := io.sha256_file(path)) != record.sha256:
+        if level != "full":
+            return
+        records = self.manifest.files
+        for (relative, record), digest in zip(records.items(), io.sha256_files([self.path / relative for relative in records])):
+            if digest != record.sha256:
                 self._damaged(relative, f"SHA-256 {record.sha256[:16]}...", f"SHA-256 {digest[:16]}... (a bit was flipped or the file was edited)")
 
     def _damaged(self, relative: str, expected: str, found: str) -> None:
@@ -214,15 +218,17 @@ class Workspace:
     def complete(self, summary: dict[str, Any] | None = None) -> Artifact:
         """Seal the artifact: checksums, manifest, fsync, scratch removed, rename. Call once, last, on rank 0 only."""
         seconds = self._earlier_seconds() + time.monotonic() - self._began
-        files = {}
         with io.disk_errors(self.path):
+            paths = []
             for path in sorted(self._payload()):
                 if path.name.startswith(".") and path.suffix == ".tmp":
                     path.unlink()  # what a killed process was writing
                     continue
                 with open(path, "rb") as stream:
                     os.fsync(stream.fileno())
-                files[path.relative_to(self.path).as_posix()] = FileRecord(bytes=path.stat().st_size, sha256=io.sha256_file(path))
+                paths.append(path)
+            sums = io.sha256_files(paths)
+            files = {path.relative_to(self.path).as_posix(): FileRecord(bytes=path.stat().st_size, sha256=digest) for path, digest in zip(paths, sums)}
         manifest = Manifest(
             schema_version=SCHEMA_VERSION, kind=self.kind, name=self.name, fingerprint=self.fingerprint, config=self._config,
             parents={role: _parent(value) for role, value in self._parents.items() if value is not None}, command=self._command,
