@@ -94,7 +94,7 @@ def choose(config: InfluenceConfig, source: str, shard: Any, purpose: str = "inf
         source,
         index.astype(np.int64),
         np.array(starts, np.int64),
-        [shard.ids[i] for i in index.tolist()],
+        shard.ids.take(index.tolist()),
         rows,
         n_tokens,
     )
