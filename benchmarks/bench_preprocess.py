@@ -92,6 +92,7 @@ def run(command: list[str]) -> tuple[float, float, dict[str, Any]]:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(command, env=os.environ | QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     ended = threading.Event()
+    seen: dict[int, float] = {}  # CPU seconds of each process: those of a fork server's children never reach us through wait()
 
     def watch() -> None:
         nonlocal peak
@@ -101,6 +102,7 @@ def run(command: list[str]) -> tuple[float, float, dict[str, Any]]:
                 whole = psutil.Process(process.pid)
                 for each in (whole, *whole.children(recursive=True)):
                     total += each.memory_info().rss
+                    seen[each.pid] = sum(each.cpu_times()[:2])
             except psutil.NoSuchProcess:
                 continue
             peak = max(peak, total)
@@ -115,7 +117,7 @@ def run(command: list[str]) -> tuple[float, float, dict[str, Any]]:
         raise SystemExit(f"{shlex.join(command)} failed:\n{error[-3000:]}")
     said = [line for line in out.splitlines() if line.startswith("{")]
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found = (json.loads(said[-1]) if said else {}) | {"cpu": now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime}
+    found = (json.loads(said[-1]) if said else {}) | {"cpu": max(now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime, sum(seen.values()))}
     return found.get("seconds", seconds), peak / 1e6, found
 
 
@@ -142,11 +144,13 @@ def ours(paths: list[Path], tokenizer: Tokenizer, prefix: Path, workers: int, li
 def contest(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """All contestants on one input; returns the rows."""
     texts = corpus(int(options.megabytes * 1e6))
+    tokenizer = tokenizer_for(options.tokenizer, texts, folder / "tokenizer")
+    specials = tokenizer.backend.specials()
+    texts = [text for text in texts if not any(name in text for name in specials)]  # as in `corpus`: text is only ever text here, not there
     whole, parts = folder / "all.jsonl", folder / "parts"
     lines = [json.dumps({"id": str(i), "text": text}, ensure_ascii=False) + "\n" for i, text in enumerate(texts)]
     whole.write_text("".join(lines), "utf-8")
     size = sum(len(text.encode()) for text in texts) / 1e6
-    tokenizer = tokenizer_for(options.tokenizer, texts, folder / "tokenizer")
     assert tokenizer.eos_id is not None
     end = tokenizer.special_name(tokenizer.eos_id)
     common = {"tokenizer": options.tokenizer, "vocab_size": tokenizer.vocab_size, "mb": round(size, 1), "documents": len(texts)}
