@@ -75,8 +75,10 @@ def check_command(words: list[str]) -> None:
     elif name in ("bash", "sbatch", "python", ".venv/bin/python"):
         script = next(word for word in words[1:] if not word.startswith("-") and "=" not in word)
         assert (ROOT / script).is_file(), f"no file {script}"
+    elif name.endswith("/bin/python") and words[1:3] == ["-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in words[3:] if not word.startswith("-"))
     else:
-        assert name in {"source", "tensorboard", "docker", "pip", ".venv/bin/ruff"}, f"unknown command {name!r}: teach this test to check it"
+        assert name in {"python3.12", ".venv312/bin/pip", "source", "tensorboard", "docker", "pip", ".venv/bin/ruff"}, f"unknown command {name!r}: teach this test to check it"
 
 
 @page_of
