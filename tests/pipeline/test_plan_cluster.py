@@ -149,7 +149,7 @@ def test_cluster_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ([], "--cluster FILE or --gpus N"), (["--gpus", "0"], "gpus"), (["--gpus", "12"], "whole machines"), (["--gpus", "8", "--gpu", "voodoo2"], "known ratings: b200"),
+        ([], "--cluster FILE or --gpus N"), (["--gpus", "0"], "gpus"), (["--gpus", "12"], "whole machines"), (["--gpus", "8", "--gpu", "voodoo2"], "known ratings: gb200"),
         (["--gpus", "8", "--mfu", "1.5"], "mfu"), (["--gpus", "8", "--tflops", "nan"], "tflops"), (["--gpus", "8", "--tflops", "0"], "tflops"), (["--cluster", "no.yaml"], "no such file"),
     ],
 )  # fmt: skip
