@@ -4,10 +4,10 @@
     python benchmarks/bench_checkpoints.py --model tiny --no-store
 
 The state is that of bf16 training: bf16 weights, fp32 main weights and both moments. The stall is the time `begin_save` takes, plus
-that of the commit at the later step boundary. Reading is measured with the files dropped from the system's cache, the disk's speed
-on the same files; loading verifies every byte first. `reshard` loads it into a
-pipeline of the fewest stages that its layers divide into (3 for the 140M), a process each. Rows are appended
-to benchmarks/results/checkpoints.jsonl with date, command, machine and versions. Run it on a quiet machine.
+that of the commit at the later step boundary; the memory for the copies is asked for ahead, as training does beside its first steps. Reading is measured with
+the files dropped from the system's cache, the disk's speed on the same files, as the faster of one and of four threads; loading verifies every byte first.
+The floor of that is SHA-256, measured too, on cached files. `reshard` loads it into a pipeline of the fewest stages that its layers divide into (3 for the 140M),
+a process each. Rows are appended to benchmarks/results/checkpoints.jsonl with date, command, machine, its load at the start, and versions. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from megatron_r1.parallel.ddp import wrap  # noqa: E402
 from megatron_r1.parallel.device import HostCopies  # noqa: E402
 from megatron_r1.parallel.optimizer import build_optimizer, local_states  # noqa: E402
 from megatron_r1.utils import machine  # noqa: E402
+from megatron_r1.utils.io import sha256_file  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "checkpoints.jsonl"
 
@@ -70,13 +72,28 @@ def forget(path: Path) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read(path: Path) -> None:
-    """Read every byte once, 8 MiB at a time."""
-    room = bytearray(8 << 20)
-    for file in files(path):
+def read(path: Path, threads: int) -> None:
+    """Read every byte once, 8 MiB at a time, each thread an equal part of each file."""
+    def part(file: Path, number: int) -> None:
+        room, size = memoryview(bytearray(8 << 20)), file.stat().st_size
         with open(file, "rb", buffering=0) as stream:
-            while stream.readinto(room):
-                pass
+            stream.seek(size * number // threads)
+            left = size * (number + 1) // threads - stream.tell()
+            while left > 0 and (count := stream.readinto(room[: min(left, len(room))])):
+                left -= count
+
+    with ThreadPoolExecutor(threads) as pool:
+        for file in files(path):
+            list(pool.map(part, [file] * threads, range(threads)))
+
+
+def disk_speed(path: Path) -> float:
+    """Seconds in which the disk gives the files, nothing of them cached."""
+    taken = []
+    for threads in (1, 4):
+        forget(path)
+        taken.append(seconds(lambda threads=threads: read(path, threads)))
+    return min(taken)
 
 
 def stages(model: str) -> int:
@@ -105,8 +122,11 @@ def resharded(path: Path, model: str) -> float:
 
 def measure(model: str, folder: Path) -> list[dict[str, Any]]:
     """All rows."""
+    load = os.getloadavg()[0]
     ctx, chunks, optimizer = state(model, LayoutConfig())
     copies, rows = HostCopies(), []
+    checkpoint.reserve(copies, chunks, optimizer)
+    rows.append({"what": "memory for the copies, asked for beside training", "value": seconds(copies.wait), "unit": "s"})
     for which in ("first", "second"):
         path, pending = folder / which, []
         asked = seconds(lambda path=path, pending=pending: pending.append(checkpoint.begin_save(path, chunks, optimizer, {}, ctx, copies)))
@@ -119,12 +139,21 @@ def measure(model: str, folder: Path) -> list[dict[str, Any]]:
         ]
     path = folder / "second"
     size = sum(file.stat().st_size for file in files(path)) / 1e9
-    forget(path)
-    disk = size / seconds(lambda: read(path))
+    tensors = max(files(path), key=lambda file: file.stat().st_size)
+    read(path, 1)
+    hashed = tensors.stat().st_size / 1e9 / seconds(lambda: sha256_file(tensors))
+    checked = size / seconds(lambda: checkpoint.verify(path, ctx))
+    filled = size / seconds(lambda: checkpoint.load(path, chunks, optimizer, ctx, verified=True))
+    chunks = optimizer = copies = None  # the loads have a state of their own
+    disk = size / disk_speed(path)
     loaded, split = size / timed_load(path, model, 1), size / resharded(path, model)
     return [
+        {"what": "load of the machine at the start (processes; 0: quiet)", "value": load, "unit": ""},
         {"what": "size of the checkpoint", "value": size, "unit": "GB"}, *rows,
         {"what": "the disk reads", "value": disk, "unit": "GB/s"},
+        {"what": "SHA-256, one thread, files cached", "value": hashed, "unit": "GB/s"},
+        {"what": f"verify, {checkpoint.HASH_THREADS} threads, files cached", "value": checked, "unit": "GB/s"},
+        {"what": "tensors to their places, files cached", "value": filled, "unit": "GB/s"},
         {"what": "verify and load, same layout", "value": loaded, "unit": "GB/s"},
         {"what": f"verify and load into {stages(model)} pipeline stages", "value": split, "unit": "GB/s"},
         {"what": "load over the disk's speed (goal: 0.5)", "value": loaded / disk, "unit": ""},

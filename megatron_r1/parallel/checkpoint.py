@@ -4,36 +4,47 @@
       weights/            megatron-core's torch_dist format: model tensors and, if saved, optimizer tensors, by global name
       rng/rank-00000.json generators of each process
       common.json         what the trainer stores (JSON only) and what this module needs to load
-      checksums.json      size and SHA-256 of every file above; written last
+      checksums.json      size of every file above and SHA-256 of every 64 MiB of it; written last
 
 Everything is written under a temporary name, flushed, and renamed when `checksums.json` is complete, so a checkpoint with
-its final name is complete. The optimizer's moments are stored in the model's own shapes and names, whatever optimizer kept
-them (whole, mixed precision, or sharded over data-parallel ranks): any of them continues from any other.
+its final name is complete. The optimizer's moments are stored under the model's own names and places, whatever optimizer kept
+them (whole, mixed precision, or sharded over data-parallel ranks, each of which stores its own part): any of them continues from any other.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
 
 from megatron_r1.parallel import device as _device
+from megatron_r1.parallel import tensor_files
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.parallel.ddp import unwrap
-from megatron_r1.parallel.mcore import MegatronOptimizer, PlannedSave, ShardedTensor, dist_checkpointing, quietly
+from megatron_r1.parallel.mcore import (
+    MegatronOptimizer,
+    PlannedSave,
+    ShardedTensor,
+    ShardedTensorFactory,
+    dist_checkpointing,
+    is_main_replica,
+    nested_values,
+    quietly,
+)
 from megatron_r1.parallel.optimizer import adam_step, local_states, set_adam_step
 from megatron_r1.parallel.pickle_guard import check_index
-from megatron_r1.utils.errors import ArtifactError, CheckpointError, R1Error
+from megatron_r1.utils.errors import ArtifactError, CheckpointError, EnvironmentProblem, R1Error
 from megatron_r1.utils.io import (
     atomic_write_json,
     disk_errors,
@@ -43,7 +54,9 @@ from megatron_r1.utils.io import (
     sha256_file,
 )
 
-FORMAT = 1
+FORMAT = 2  # 1 had one SHA-256 for the whole of a file
+PIECE = 64 << 20
+HASH_THREADS = 4
 _CHECKSUMS, _COMMON, _WEIGHTS = "checksums.json", "common.json", "weights"
 
 
@@ -83,9 +96,9 @@ class PendingSave:
         """Wait for the writing and commit: index, checksums, fsync, rename. Collective. Raises what went wrong, on every rank."""
         if self._thread is not None:
             self._thread.join()
-        parts = _agree(self._ctx, self._outcome)
+        parts = self._ctx.agree(*self._outcome)
         with disk_errors(self.path):
-            _on_main(self._ctx, lambda: self._commit(parts))
+            self._ctx.on_main(lambda: self._commit(parts))
 
     def close(self) -> bool:
         """End without communication, when the program fails for another reason: wait for the thread, commit if that needs no other rank.
@@ -109,7 +122,7 @@ class PendingSave:
                 with open(file, "rb") as stream:
                     os.fsync(stream.fileno())
                 files[name] = _record(file)
-        atomic_write_json(partial / _CHECKSUMS, {"format": FORMAT, "files": dict(sorted(files.items()))})
+        atomic_write_json(partial / _CHECKSUMS, {"format": FORMAT, "piece": PIECE, "files": dict(sorted(files.items()))})
         for folder in (partial / _WEIGHTS, partial / "rng", partial):
             fsync_directory(folder)
         _replace(partial, self.path)
@@ -135,9 +148,8 @@ def begin_save(
     """
     path = Path(path)
     partial = _partial(path)
-    state = _sharded_model(chunks)
-    moments = _sharded_moments(chunks, optimizer, gather=True) if optimizer is not None else {}
-    has_main = any(entry.key.startswith("optimizer.main.") for entry in moments.values())
+    weights, moments = _stored(chunks, optimizer)
+    has_main = any(entry.key.startswith("optimizer.main.") for entry in moments)
     kept = {
         "format": FORMAT,
         "common": json.loads(json.dumps(common, allow_nan=False)),  # as it is now: the trainer goes on changing its own
@@ -146,50 +158,33 @@ def begin_save(
         "saved_with": {"world_size": ctx.world_size, "layout": ctx.layout.plain()},
     }
 
+    sizes = ctx.gather_objects([_bytes(weights), _bytes(moments)])
+
     def prepare() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         (partial / _WEIGHTS).mkdir(parents=True)
         (partial / "rng").mkdir()
-        # Every process with other weights holds about as much as this one.
-        others = ctx.tensor_size * ctx.pipeline_size
-        weights, rest = (others * _local_bytes(list(entries.values())) for entries in (state, moments))
-        what = f"a checkpoint: weights {weights / 2**30:.2f} GiB + optimizer {rest / 2**30:.2f} GiB + 2 %"
-        require_free_space(path.parent, int(1.02 * (weights + rest)), what)
+        of_weights, of_moments = (sum(part) for part in zip(*sizes))
+        what = f"a checkpoint: weights {of_weights / 2**30:.2f} GiB + optimizer {of_moments / 2**30:.2f} GiB + 2 %"
+        require_free_space(path.parent, int(1.02 * (of_weights + of_moments)), what)
 
     plan = PlannedSave(copies)
     with disk_errors(path):
-        _on_main(ctx, prepare)
+        ctx.on_main(prepare)
         with quietly():
-            dist_checkpointing.save({"model": state, "optimizer": moments}, str(partial / _WEIGHTS), sharded_strategy=plan)
+            dist_checkpointing.save({str(i): entry for i, entry in enumerate([*weights, *moments])}, str(partial / _WEIGHTS), sharded_strategy=plan)
     return PendingSave(path, ctx, plan, kept, background=copies is not None)
+
+
+def reserve(copies: _device.HostCopies, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None) -> None:
+    """Let `copies` ask, beside training, for the memory that saving takes, so that the first save waits no longer than later ones."""
+    weights, moments = _stored(chunks, optimizer)
+    copies.reserve([entry.data for entry in [*weights, *moments] if is_main_replica(entry.replica_id)])
 
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
-
-
-def _everywhere(ctx: ParallelContext, action: Callable[[], Any]) -> list[Any]:
-    """Run `action` on every rank; returns all results, or raises on every rank what failed on any (nobody waits for ever)."""
-    try:
-        outcome = (action(), None)
-    except (R1Error, OSError) as error:
-        outcome = (None, error)
-    return _agree(ctx, outcome)
-
-
-def _agree(ctx: ParallelContext, outcome: tuple[Any, Exception | None]) -> list[Any]:
-    """Every rank's result, from each rank's (result, error); raises the first error, on every rank."""
-    outcomes = ctx.gather_objects(outcome)
-    for _, problem in outcomes:
-        if problem is not None:
-            raise problem
-    return [value for value, _ in outcomes]
-
-
-def _on_main(ctx: ParallelContext, action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0; every rank gets its result, or raises what it raised."""
-    return _everywhere(ctx, lambda: action() if ctx.is_main else None)[0]
 
 
 def _replace(partial: Path, path: Path) -> None:
@@ -209,7 +204,9 @@ def _hash_own_files(folder: Path, ctx: ParallelContext) -> dict[str, dict[str, A
 
 
 def _record(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    size = file.stat().st_size
+    # One thread: training goes on beside it.
+    return {"bytes": size, "sha256": [sha256_file(file, start, PIECE) for start in range(0, max(1, size), PIECE)]}
 
 
 def _rng_texts(ctx: ParallelContext) -> dict[str, str]:
@@ -219,61 +216,94 @@ def _rng_texts(ctx: ParallelContext) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------ verify, load
 
 
-def verify(path: Path) -> dict[str, Any]:
+def verify(path: Path, ctx: ParallelContext) -> dict[str, Any]:
     """Check that every file is there, of its recorded size and SHA-256, and that no pickle names anything unexpected.
 
-    Returns the content of common.json. Raises CheckpointError naming the damaged file.
+    Collective: every rank hashes its share of the bytes, on several threads. Returns the content of common.json. Raises CheckpointError naming
+    the damaged file, on every rank; EnvironmentProblem for a checkpoint of a later release, which is not damaged.
     """
     path = Path(path)
-    fix = "use another checkpoint, or delete this folder and run the same command again to write it anew"
+    pieces = ctx.on_main(lambda: _listed(path))
+    mine = pieces[ctx.rank * len(pieces) // ctx.world_size : (ctx.rank + 1) * len(pieces) // ctx.world_size]
+
+    def check() -> None:
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            for _ in pool.map(lambda piece: _check_piece(path, *piece), mine):
+                pass
+
+    ctx.everywhere(check)
+
+    def read() -> dict[str, Any]:
+        check_index(path / _WEIGHTS)
+        return read_json(path / _COMMON)
+
+    return ctx.on_main(read)
+
+
+_ANOTHER = "use another checkpoint, or delete this folder and run the same command again to write it anew"
+
+
+def _listed(path: Path) -> list[tuple[str, int, int, str]]:
+    """(file, start, bytes, SHA-256) of everything that checksums.json lists, once the files are found to be those, and of the right sizes."""
+    pieces = []
     try:
-        files: dict[str, dict[str, Any]] = read_json(path / _CHECKSUMS)["files"]
-    except (ArtifactError, KeyError, TypeError) as error:
+        record = read_json(path / _CHECKSUMS)
+        if record["format"] > FORMAT:
+            raise EnvironmentProblem(
+                expected=f"a checkpoint of format {FORMAT} or earlier in {path}", found=f"format {record['format']}", fix="use the release that wrote it, or a later one"
+            )
+        for name, listed in record["files"].items():
+            size = _size(path / name, listed["bytes"])
+            digests, step = (listed["sha256"], record["piece"]) if record["format"] > 1 else ([listed["sha256"]], max(1, size))
+            starts = range(0, max(1, size), step)
+            pieces += [(name, start, min(step, size - start), digest) for start, digest in zip(starts, digests, strict=True)]
+    except (ArtifactError, KeyError, TypeError, ValueError, AttributeError) as error:
         found = "no such folder" if not path.is_dir() else "it is missing or damaged: the checkpoint was never completed"
-        raise CheckpointError(expected=f"a checkpoint with {_CHECKSUMS} in {path}", found=found, fix=fix) from error
-    for name, record in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(expected=f"{file}", found="the file is missing", fix=fix)
-        if file.stat().st_size != record["bytes"]:
-            raise CheckpointError(
-                expected=f"{record['bytes']} bytes in {file}", found=f"{file.stat().st_size} bytes: the file was cut short or changed", fix=fix
-            )
-        if (digest := sha256_file(file)) != record["sha256"]:
-            raise CheckpointError(
-                expected=f"SHA-256 {record['sha256'][:16]}… of {file}", found=f"{digest[:16]}…: its content was damaged", fix=fix
-            )
-    unknown = [f for f in path.rglob("*") if f.is_file() and f.relative_to(path).as_posix() not in {*files, _CHECKSUMS}]
+        raise CheckpointError(expected=f"a checkpoint with {_CHECKSUMS} in {path}", found=found, fix=_ANOTHER) from error
+    unknown = [f for f in path.rglob("*") if f.is_file() and f.relative_to(path).as_posix() not in {*record["files"], _CHECKSUMS}]
     if unknown:
-        raise CheckpointError(expected=f"only the files listed in {_CHECKSUMS}", found=f"{unknown[0]}", fix=fix)
-    check_index(path / _WEIGHTS)
-    return read_json(path / _COMMON)
+        raise CheckpointError(expected=f"only the files listed in {_CHECKSUMS}", found=f"{unknown[0]}", fix=_ANOTHER)
+    return pieces
 
 
-def load(path: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None, ctx: ParallelContext) -> dict[str, Any]:
-    """Verify `path`, then fill `chunks` and, if given, `optimizer` from it; returns what `save` got as `common`. Collective.
+def _size(file: Path, expected: int) -> int:
+    if not file.is_file():
+        raise CheckpointError(expected=f"{file}", found="the file is missing", fix=_ANOTHER)
+    if (size := file.stat().st_size) != expected:
+        raise CheckpointError(expected=f"{expected} bytes in {file}", found=f"{size} bytes: the file was cut short or changed", fix=_ANOTHER)
+    return size
 
-    The layout may differ from the one it was saved under. With the same number of processes and an optimizer the random
-    generators are restored too: training continues bit for bit. Raises CheckpointError when the checkpoint is damaged, or
+
+def _check_piece(path: Path, name: str, start: int, length: int, expected: str) -> None:
+    if (digest := sha256_file(path / name, start, length)) != expected:
+        raise CheckpointError(
+            expected=f"SHA-256 {expected[:16]}… of {path / name} (bytes {start} to {start + length})", found=f"{digest[:16]}…: its content was damaged", fix=_ANOTHER
+        )
+
+
+def load(path: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None, ctx: ParallelContext, verified: bool = False) -> dict[str, Any]:
+    """Verify `path` unless it is `verified` already, then fill `chunks` and, if given, `optimizer` from it; returns what `save` got as `common`.
+
+    Collective. The layout may differ from the one it was saved under. With the same number of processes and an optimizer the random
+    generators are restored too: training continues bit for bit. Raises CheckpointError, on every rank, when the checkpoint is damaged, or
     lacks something (another model, no optimizer state).
     """
     path = Path(path)
-    kept = _verified(path, ctx)
-    state = _sharded_model(chunks)
-    if kept["main_weights"]:
-        # fp32 main weights hold more than the bf16 model: read the model from them.
-        state = {name: _rename(entry, f"optimizer.main.{entry.key}") for name, entry in state.items()}
-    _read(path, state)
+    kept = ctx.on_main(lambda: read_json(path / _COMMON)) if verified else verify(path, ctx)
+    if optimizer is not None and kept["optimizer"] is None:
+        raise CheckpointError(
+            expected=f"optimizer state in {path}", found="weights only", fix="start the optimizer anew, or use a checkpoint saved with it"
+        )
+    has_main = kept["main_weights"]
+    weights, moments = _stored(chunks, optimizer)
+    # fp32 main weights hold more than the bf16 model: read the model from them. And the other way round, where there are none.
+    wanted = [_renamed(entry, f"optimizer.main.{entry.key}") for entry in weights] if has_main else weights
+    wanted += [entry if has_main else _renamed(entry, entry.key.removeprefix("optimizer.main.")) for entry in moments]
+    ctx.everywhere(lambda: tensor_files.read(path / _WEIGHTS, wanted))
     if optimizer is not None:
-        if kept["optimizer"] is None:
-            raise CheckpointError(
-                expected=f"optimizer state in {path}", found="weights only", fix="start the optimizer anew, or use a checkpoint saved with it"
-            )
-        _load_moments(path, chunks, optimizer, kept["main_weights"])
         set_adam_step(optimizer, int(kept["optimizer"]["step"]))
         if kept["saved_with"]["world_size"] == ctx.world_size:
-            _read_rng(path, ctx)
-    ctx.barrier()
+            ctx.everywhere(lambda: _read_rng(path, ctx))
     return kept["common"]
 
 
@@ -284,49 +314,21 @@ def load_second_moment(path: Path, chunks: Sequence[nn.Module], ctx: ParallelCon
     The value is the running mean as stored; Adam divides it by 1 - beta2^step. Raises CheckpointError as `load` does.
     """
     path = Path(path)
-    kept = _verified(path, ctx)
+    kept = verify(path, ctx)
     if kept["optimizer"] is None:
         raise CheckpointError(
             expected=f"optimizer state in {path}", found="weights only", fix="save checkpoints with the optimizer, or use no Adam preconditioner"
         )
     result: dict[str, torch.Tensor] = {}
-    entries: dict[str, Any] = {}
+    wanted: list[ShardedTensor] = []
     for index, chunk in enumerate(chunks):
         names = {id(p): n for n, p in unwrap(chunk).named_parameters()}
         prefix = f"chunk{index}." if len(chunks) > 1 else ""
-        for entry in _sharded_model([chunk]).values():
-            name = prefix + names[id(entry.data)]
-            result[name] = torch.empty_like(entry.data, dtype=torch.float32)
-            entries[name] = _rename(entry, f"optimizer.exp_avg_sq.{entry.key}", result[name])
-    _read(path, entries)
+        for parameter, parts in _parts([chunk]):
+            moment = result[prefix + names[id(parameter)]] = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+            wanted += [_entry(part, f"optimizer.exp_avg_sq.{part.key}", moment.view(-1), first) for first, part in parts]
+    ctx.everywhere(lambda: tensor_files.read(path / _WEIGHTS, wanted))
     return result, int(kept["optimizer"]["step"])
-
-
-def _verified(path: Path, ctx: ParallelContext) -> dict[str, Any]:
-    """`verify` once, on rank 0, for everybody: the files are shared."""
-    return _on_main(ctx, lambda: verify(path))
-
-
-def _read(path: Path, wanted: dict[str, Any]) -> None:
-    """Fill the tensors of `wanted` (sharded entries) in place. Raises CheckpointError when they are not in the checkpoint."""
-    targets = {name: entry.data for name, entry in wanted.items()}
-    try:
-        with quietly():
-            loaded = dist_checkpointing.load(dict(wanted), path / _WEIGHTS)  # a copy: it changes the dictionary, and the entries
-    except R1Error:
-        raise
-    except (Exception, CheckpointException) as error:  # torch's CheckpointException is not an Exception
-        inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        reason = str(inner).strip().splitlines()
-        raise CheckpointError(
-            expected=f"tensors of this model in {path}",
-            found=f"{type(inner).__name__}: {reason[0][:300] if reason else 'no message'}",
-            fix="check that the model's configuration is the one the checkpoint was trained with",
-        ) from error
-    with torch.no_grad():
-        for name, target in targets.items():
-            if target.data_ptr() != loaded[name].data_ptr():
-                target.copy_(loaded[name].reshape(target.shape))
 
 
 def _read_rng(path: Path, ctx: ParallelContext) -> None:
@@ -338,82 +340,79 @@ def _read_rng(path: Path, ctx: ParallelContext) -> None:
 # ------------------------------------------------------------------------------------------------ what is stored
 
 
-def _sharded_model(chunks: Sequence[nn.Module]) -> dict[str, Any]:
-    """Local name -> sharded entry (with its global name and place) of every model tensor of this process.
+def _stored(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None) -> tuple[list[ShardedTensor], list[ShardedTensor]]:
+    """What this process holds of a checkpoint, with global names and places: model tensors, optimizer tensors. Their data are the live tensors.
 
-    Only parameters: extra state of modules is Python objects, and ours have none.
+    Optimizer tensors are named `optimizer.<kind>.<name of the parameter>` and have its shape and place. Of a distributed optimizer's each process has those
+    rectangles of a parameter that make up its part, so nothing is exchanged to save or load them.
     """
-    result = {}
-    for index, chunk in enumerate(chunks):
-        for name, entry in unwrap(chunk).sharded_state_dict().items():
-            if isinstance(getattr(entry, "data", None), torch.Tensor):
-                result[f"{index}.{name}"] = entry
-    return result
-
-
-def _rename(entry: Any, key: str, data: torch.Tensor | None = None) -> Any:
-    """The same place in the whole tensor, under another name and with other data of the same shape."""
-    changes: dict[str, Any] = {"key": key}
-    if data is not None:
-        changes["data"] = data
-        if isinstance(entry, ShardedTensor):
-            changes["dtype"] = data.dtype
-    return replace(entry, **changes)
-
-
-def _sharded_moments(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, gather: bool) -> dict[str, Any]:
-    """Entries `<kind>.<local name>` of the optimizer's tensors in the shape of their parameters.
-
-    `gather`: fill them (for saving), collecting the pieces of a distributed optimizer; else leave room to load into.
-    """
-    by_parameter = {id(entry.data): (name, entry) for name, entry in _sharded_model(chunks).items()}
-    whole: dict[tuple[str, str], torch.Tensor] = {}
-    split = False
-    for parameter, span, tensors in local_states(optimizer):
-        name, _ = by_parameter[id(parameter)]
+    parts = {id(parameter): found for parameter, found in _parts(chunks)}
+    weights = [_entry(part, part.key, part.data.view(-1), 0) for found in parts.values() for _, part in found]
+    moments = []
+    for parameter, span, tensors in local_states(optimizer) if optimizer is not None else ():
+        begin, end = (0, parameter.numel()) if span is None else (span.start, span.stop)
         for kind, tensor in tensors.items():
-            if span is None:
-                whole[kind, name] = tensor.detach() if gather else torch.empty_like(tensor)
-            else:
-                split = True
-                full = torch.zeros(parameter.shape, dtype=tensor.dtype, device=tensor.device)
-                if gather:
-                    full.view(-1)[span] = tensor.detach()
-                whole[kind, name] = full
-    if split:
-        _complete_pieces(whole, by_parameter, gather)
-    entries = {name: entry for name, entry in by_parameter.values()}
-    return {f"{kind}.{name}": _rename(entries[name], f"optimizer.{kind}.{entries[name].key}", t) for (kind, name), t in sorted(whole.items())}
+            flat = tensor.detach().view(-1)
+            for first, part in parts[id(parameter)]:
+                low, high = max(begin, first), min(end, first + part.data.numel())
+                for corner, shape, start in _rectangles(tuple(part.local_shape), low - first, high - first):
+                    moments.append(_entry(part, f"optimizer.{kind}.{part.key}", flat, first + start - begin, corner, shape, whole=span is None))
+    return weights, sorted(moments, key=lambda entry: (entry.key, entry.global_offset))
 
 
-def _complete_pieces(whole: dict[tuple[str, str], torch.Tensor], by_parameter: dict[int, tuple[str, Any]], gather: bool) -> None:
-    """Add up the pieces of a distributed optimizer over the processes it is cut over: the others' parts are zero, so sums are exact."""
-    from megatron_r1.parallel.context import current
-
-    ctx = current()
-    kinds = sorted({kind for part in ctx.gather_objects(sorted({k for k, _ in whole})) for kind in part})
-    for name, entry in sorted(by_parameter.values(), key=lambda item: item[0]):
-        for kind in kinds:
-            if (kind, name) not in whole:
-                whole[kind, name] = torch.zeros(entry.data.shape, dtype=torch.float32, device=entry.data.device)
-            if gather:
-                ctx.all_reduce_sum(whole[kind, name], over="replicas")
-
-
-def _load_moments(path: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, has_main: bool) -> None:
-    entries = _sharded_moments(chunks, optimizer, gather=False)
-    if not has_main:
-        # Saved in fp32: the model's weights are the main weights.
-        entries = {k: _rename(e, e.key.removeprefix("optimizer.main.")) if k.startswith("main.") else e for k, e in entries.items()}
-    room = {name: entry.data for name, entry in entries.items()}
-    _read(path, entries)
-    names = {id(entry.data): name for name, entry in _sharded_model(chunks).items()}
-    with torch.no_grad():
-        for parameter, span, tensors in local_states(optimizer):
-            for kind, tensor in tensors.items():
-                loaded = room[f"{kind}.{names[id(parameter)]}"]
-                tensor.copy_(loaded if span is None else loaded.reshape(-1)[span])
+def _parts(chunks: Sequence[nn.Module]) -> list[tuple[nn.Parameter, list[tuple[int, ShardedTensor]]]]:
+    """Every parameter of this process with its rectangles of global tensors, and where each begins in the flattened parameter: one, but two for
+    the gated MLP's input matrix. Only parameters: extra state of modules is Python objects, and ours have none."""
+    found: dict[int, tuple[nn.Parameter, list[tuple[int, ShardedTensor]]]] = {}
+    for chunk in chunks:
+        for entry in unwrap(chunk).sharded_state_dict().values():
+            parameter = getattr(entry, "data", None)
+            if isinstance(parameter, torch.Tensor):
+                built = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
+                starts = [(part.data.storage_offset() - parameter.storage_offset(), part) for part in built]
+                found.setdefault(id(parameter), (parameter, []))[1].extend(starts)
+    return list(found.values())
 
 
-def _local_bytes(entries: Sequence[Any]) -> int:
-    return sum(entry.data.numel() * entry.data.element_size() for entry in entries)
+def _entry(
+    part: ShardedTensor, key: str, flat: torch.Tensor, start: int, corner: Sequence[int] | None = None, shape: Sequence[int] | None = None, whole: bool = True,
+) -> ShardedTensor:
+    """Numbers of `flat` from `start` on as the rectangle of `part` (all of it by default) that begins at `corner`, under the name `key`.
+
+    Not `whole`: a part that no other process of the data-parallel group has.
+    """
+    shape = tuple(part.local_shape if shape is None else shape)
+    lead = (1,) * part.prepend_axis_num
+    offset = [a + b for a, b in zip(part.global_offset, (*(0,) * len(lead), *(corner or (0,) * len(shape))))]
+    data = flat.detach()[start : start + math.prod(shape)].view(lead + shape)
+    replica = part.replica_id if whole else (*part.replica_id[:-1], 0)
+    return ShardedTensor(key, data, data.dtype, tuple(data.shape), tuple(part.global_shape), tuple(offset), None, replica)
+
+
+def _rectangles(shape: tuple[int, ...], low: int, high: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """Numbers `low` to `high` of a flattened tensor of `shape` as rectangles, in order: (corner, shape, first number)."""
+    if low >= high:
+        return
+    if (low, high) == (0, math.prod(shape)):
+        yield (0,) * len(shape), shape, low
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-low // row), high // row
+    if first > last:  # within one row
+        cuts = [(last, low, high)]
+    else:
+        cuts = [(first - 1, low, first * row), (last, last * row, high)]
+    for index, (at, begin, end) in enumerate(cuts):
+        if index and first < last:
+            yield (first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:]), first * row
+        for corner, part, start in _rectangles(shape[1:], begin - at * row, end - at * row):
+            yield (at, *corner), (1, *part), at * row + start
+
+
+def _renamed(entry: ShardedTensor, key: str) -> ShardedTensor:
+    return replace(entry, key=key)
+
+
+def _bytes(entries: Sequence[ShardedTensor]) -> int:
+    """What this process writes of them."""
+    return sum(entry.data.numel() * entry.data.element_size() for entry in entries if is_main_replica(entry.replica_id))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from megatron_r1.parallel import device as _device
 from megatron_r1.parallel.config import LayoutConfig
 from megatron_r1.parallel.mcore import parallel_state
-from megatron_r1.utils.errors import ParallelError
+from megatron_r1.utils.errors import ParallelError, R1Error
 
 Scope = Literal["data", "replicas", "world", "model", "tensor", "pipeline", "context"]
 
@@ -106,6 +107,27 @@ class ParallelContext:
         box: list[Any] = [None] * self.world_size
         dist.all_gather_object(box, obj)
         return box
+
+    def agree(self, value: Any, problem: Exception | None) -> list[Any]:
+        """Every rank's value in rank order, or, where any rank has a problem, the first one of these, raised on every rank."""
+        outcomes = self.gather_objects((value, problem))
+        for _, found in outcomes:
+            if found is not None:
+                raise found
+        return [each for each, _ in outcomes]
+
+    def everywhere(self, action: Callable[[], Any]) -> list[Any]:
+        """Run `action` on every rank; every rank gets all results, or raises the first R1Error or OSError of any (nobody waits for ever)."""
+        value, problem = None, None
+        try:
+            value = action()
+        except (R1Error, OSError) as error:
+            problem = error
+        return self.agree(value, problem)
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0; every rank gets its result, or raises what it raised."""
+        return self.everywhere(lambda: action() if self.is_main else None)[0]
 
     def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
         """`values` of the last pipeline stage, on every stage of this model copy; in place. Same shape everywhere."""

@@ -10,9 +10,11 @@ class; the replacements answer differently to callers inside megatron.core alone
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import os
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -163,37 +165,71 @@ def uploader(target: torch.device) -> Callable[[Mapping[str, Any]], Staged] | No
 class HostCopies:
     """Copies of tensors in host memory that is kept and used again by the next copies of tensors of the same sizes.
 
-    Page-locked on a GPU's host, in huge pages where the system has them on a CPU: touching new memory for the first time
-    would take longer than copying.
+    Page-locked on a GPU's host, in huge pages where the system has them on a CPU. Touching new memory for the first time takes longer than
+    copying: `reserve` does it ahead of time.
     """
 
     def __init__(self) -> None:
         self._memory: torch.Tensor | None = None
+        self._reserving: threading.Thread | None = None
+
+    def reserve(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Ask for the memory that copies of `tensors` will take, in a thread. Not while copies are in use."""
+        if self._reserving is None:
+            self._reserving = threading.Thread(target=self._reserve, args=(_starts(tensors)[-1], _gpu_of(tensors)), name="memory for copies", daemon=True)
+            self._reserving.start()
+
+    def wait(self) -> None:
+        """Until the memory asked for is there."""
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
 
     def take(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Contiguous copies on the CPU, in order. Copies taken before must not be used any more."""
-        starts = [0]
-        for tensor in tensors:
-            starts.append(starts[-1] + -(-tensor.numel() * tensor.element_size() // 64) * 64)
-        if self._memory is None or self._memory.numel() < starts[-1]:
-            self._memory = None  # freed before more is asked for
-            self._memory = _host_memory(max(1, starts[-1]), page_locked=any(tensor.is_cuda for tensor in tensors))
-        copies = []
+        self.wait()
+        starts = _starts(tensors)
+        memory, copies = self._grown(starts[-1], _gpu_of(tensors)), []
         for start, tensor in zip(starts, tensors):
-            room = self._memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+            room = memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
             copies.append(room.copy_(tensor.detach(), non_blocking=True))
         synchronize()
         return copies
 
+    def _reserve(self, size: int, gpu: torch.device | None) -> None:
+        with contextlib.suppress(MemoryError, RuntimeError, OSError):  # `take` asks again, and says what is wrong
+            self._grown(size, gpu)
 
-def _host_memory(size: int, page_locked: bool) -> torch.Tensor:
-    if page_locked:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    memory = mmap.mmap(-1, size)
+    def _grown(self, size: int, gpu: torch.device | None) -> torch.Tensor:
+        if self._memory is None or self._memory.numel() < size:
+            self._memory = None  # freed before more is asked for
+            self._memory = _host_memory(max(1, size), gpu)
+        return self._memory
+
+
+def _starts(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Where each copy begins, and at last where all end: multiples of 64 bytes."""
+    return [0, *itertools.accumulate(-(-tensor.numel() * tensor.element_size() // 64) * 64 for tensor in tensors)]
+
+
+def _gpu_of(tensors: Sequence[torch.Tensor]) -> torch.device | None:
+    return next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+
+
+def _host_memory(size: int, gpu: torch.device | None) -> torch.Tensor:
+    """Bytes that the system has really given."""
+    if gpu is not None:
+        with torch.cuda.device(gpu):  # a thread would otherwise open the first GPU
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    pages = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them: small pages do as well, more slowly
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    numbers = memory.numpy()
+    for start in range(0, size, 1 << 28):  # Python's lock is free within each part
+        numbers[start : start + (1 << 28) : mmap.PAGESIZE] = 0
+    return memory
 
 
 def gpu_number(target: torch.device) -> int | None:

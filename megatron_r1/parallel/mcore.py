@@ -59,7 +59,8 @@ VERSION = _checked_version()
 
 with quietly():
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -146,7 +147,7 @@ class PlannedSave(TorchDistSaveShardedStrategy):
     rank writes to host memory; `write` writes this rank's tensors and may run in a thread; `finish`, on rank 0, writes the index.
     megatron-core's own writer starts a manager and forks workers for each save, about three seconds whatever the size, hangs
     for ever when a worker dies, and forks a process that has CUDA and NCCL threads; its interface also differs between 0.16 and
-    0.19. The bytes are the same format; `dist_checkpointing.load` reads both.
+    0.19. The bytes are the same format: `tensor_files.read` and `dist_checkpointing.load` read both.
     """
 
     def __init__(self, copies: _device.HostCopies | None = None) -> None:
@@ -225,6 +226,8 @@ __all__ = [
     "get_model_config",
     "get_num_layers_to_build",
     "inner_optimizers",
+    "is_main_replica",
+    "nested_values",
     "p2p_settings",
     "parallel_state",
     "quietly",

@@ -112,8 +112,9 @@ class Trainer:
         return checkpoint.begin_save(path, self.chunks, self.optimizer, common, self.ctx, copies)
 
     def load(self, path: Path) -> None:
-        """Take up a checkpoint of this phase. Collective. Raises CheckpointError, also when the samples would come in another order."""
-        common = checkpoint.load(path, self.chunks, self.optimizer, self.ctx)
+        """Take up a checkpoint of this phase that `newest_complete` has verified. Collective. Raises CheckpointError, also when the samples would come in
+        another order."""
+        common = checkpoint.load(path, self.chunks, self.optimizer, self.ctx, verified=True)
         if common.get("order") != self.data.fingerprint:
             raise CheckpointError(
                 expected=f"the order of samples {self.data.fingerprint}, which shards, mixture and seed give", found=f"{common.get('order')} in {path}",
@@ -281,7 +282,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_close(self)
         gone = self.tokens
-        path = newest_complete(self.folder, self.ctx, checkpoint.verify)
+        path = newest_complete(self.folder, self.ctx)
         if path is None:  # _can_go_back saw one
             raise CheckpointError(
                 expected=f"a checkpoint to go back to in {self.folder}", found="none any more", fix="nothing else may touch the folder of a running step; run the same command again",

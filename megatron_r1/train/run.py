@@ -94,7 +94,7 @@ def _run(config: TrainConfig, inputs: Inputs, work: Workspace, ctx: ParallelCont
     callbacks = make_callbacks(config, model, shards, one.get("probe"), data.sources, total, work, ctx.device, scores)
     trainer = Trainer(config, ctx, work.path, chunks, optimizer, objective, data, total, callbacks, work.name)
     describe_start(trainer, model, parent)
-    path = newest_complete(work.path, ctx, checkpoint.verify)
+    path = newest_complete(work.path, ctx)
     if path is not None:
         trainer.load(path)
         log.info("resuming after step %d of %d (%s)", trainer.step, total, path.name)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -92,12 +93,18 @@ def read_json(path: Path | str) -> Any:
         ) from error
 
 
-def sha256_file(path: Path | str) -> str:
-    """Hex SHA-256 of a file, read in 1 MiB pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
+def sha256_file(path: Path | str, start: int = 0, length: int | None = None) -> str:
+    """Hex SHA-256 of a file, or of the `length` bytes of it from `start` (fewer where it ends), read in 1 MiB pieces into the same memory.
+
+    Python's lock is free while it reads and computes: several threads are as many times faster.
+    """
+    digest, room = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    with open(path, "rb", buffering=0) as stream:
+        stream.seek(start)
+        left = sys.maxsize if length is None else length
+        while left > 0 and (count := stream.readinto(room[: min(left, CHUNK)])):
+            digest.update(room[:count])
+            left -= count
     return digest.hexdigest()
 
 

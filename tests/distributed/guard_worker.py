@@ -1,10 +1,12 @@
-"""One rank of two: faults on the other rank alone, a signal to one rank alone, and a rank that is killed once under torchrun.
+"""One rank of two: faults on the other rank alone, a signal to one rank alone, a disk that is full for one rank alone, and a rank that is killed
+under torchrun, in a step and in a save.
 
 `python guard_worker.py <folder>` runs all cases; `python guard_worker.py <folder> elastic` the last one.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,7 +21,9 @@ from train_toys import final_bytes, reopen, settings, train
 
 from megatron_r1.artifacts.checkpoint import CheckpointSet
 from megatron_r1.parallel import context
+from megatron_r1.parallel.mcore import PlannedSave
 from megatron_r1.train import loop
+from megatron_r1.utils.errors import EnvironmentProblem
 
 GUARD = {"skip": 1, "hold": 1, "recovery": 2, "hold_steps": "2 steps"}
 CONFIG = {"model": {"preset": "nano", "num_kv_heads": 2}, "budget": "9 steps", "checkpoints": {"every": "2 steps", "keep": 3}, "guard": GUARD}
@@ -97,15 +101,50 @@ def signalled(folder: Path, shards) -> list:
     return [stopped.value.code, steps, final_bytes(again) == final_bytes(straight)]
 
 
+SHARDED = {**CONFIG, "layout": {"distributed_optimizer": True}}
+
+
+def full_disk(folder: Path, shards) -> list:
+    """Rank 1 can not write its part of the second checkpoint. The same command then goes on from the first one."""
+    write, calls = PlannedSave.write, []
+
+    def failing(self):
+        calls.append(1)
+        if RANK == 1 and len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlannedSave, "write", failing)
+        with pytest.raises(EnvironmentProblem) as caught:
+            train(folder / "runs", settings(**SHARDED), "full", shards=shards)
+    context.current().barrier()
+    steps = sorted(path.name for path in (folder / "runs").rglob("step-*") if "full" in str(path) and not path.name.startswith("."))
+    context.current().barrier()
+    straight = train(folder / "runs", settings(**SHARDED), "sharded", shards=shards)
+    again = train(folder / "runs", settings(**SHARDED), "full", shards=shards)
+    return [caught.value.found, steps, final_bytes(again) == final_bytes(straight)]
+
+
 def elastic(folder: Path, shards) -> dict:
-    """Rank 1 is killed in step 4 of the first attempt; the second goes on and ends in the bytes of a run without a kill."""
-    update = loop.Trainer._update
-    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    """Rank 1 is killed in step 4 of the first attempt and, with half a file written, in the save of step 6 of the second; the third ends in the
+    bytes of a run without a kill. Each rank writes its own part of the optimizer's state."""
+    update, write = loop.Trainer._update, PlannedSave.write
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
 
     def dying(self, *arguments):
-        if first and RANK == 1 and self.step + 1 == 4:
+        if attempt == "0" and RANK == 1 and self.step + 1 == 4:
             os.kill(os.getpid(), signal.SIGKILL)
         return update(self, *arguments)
+
+    def dying_write(self):
+        written = write(self)
+        folder = Path(self._writer.path)
+        if attempt == "1" and RANK == 1 and "step-00000006" in str(folder):
+            tensors = folder / "__1_0.distcp"
+            os.truncate(tensors, tensors.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return written
 
     began = []
     start = loop.Trainer._start
@@ -116,10 +155,11 @@ def elastic(folder: Path, shards) -> dict:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.Trainer, "_update", dying)
+        patch.setattr(PlannedSave, "write", dying_write)
         patch.setattr(loop.Trainer, "_start", note)
-        killed = train(folder / "runs", settings(**CONFIG), "killed", shards=shards)
-    straight = train(folder / "runs", settings(**CONFIG), "straight", shards=shards)
-    return {"attempt": os.environ["TORCHELASTIC_RESTART_COUNT"], "began": began, "same": final_bytes(killed) == final_bytes(straight)}
+        killed = train(folder / "runs", settings(**SHARDED), "killed", shards=shards)
+    straight = train(folder / "runs", settings(**SHARDED), "straight", shards=shards)
+    return {"attempt": attempt, "began": began, "same": final_bytes(killed) == final_bytes(straight)}
 
 
 if __name__ == "__main__":
@@ -130,6 +170,6 @@ if __name__ == "__main__":
     if sys.argv[2:] == ["elastic"]:
         found = elastic(folder, shards)
     else:
-        found = {"cases": cases(folder, shards), "signalled": signalled(folder, shards)}
+        found = {"cases": cases(folder, shards), "signalled": signalled(folder, shards), "full": full_disk(folder, shards)}
     (folder / f"result-{RANK}.json").write_text(json.dumps(found))
     context.shutdown()

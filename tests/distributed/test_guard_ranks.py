@@ -1,4 +1,4 @@
-"""Two gloo processes: what goes wrong on one is decided for both, both stop together, and torchrun starts a killed one anew."""
+"""Two gloo processes: what goes wrong on one is decided for both, both stop together, a disk full for one is for both, and torchrun starts a killed one anew."""
 
 from __future__ import annotations
 
@@ -62,11 +62,20 @@ def test_a_signal_to_one_rank_stops_both(runs):
 
 
 @pytest.mark.slow
+def test_a_disk_full_for_one_rank_ends_both_and_loses_nothing_older(runs):
+    for rank in runs:
+        found, steps, same = rank["full"]
+        assert "disk is full" in found
+        assert steps == ["step-00000002"]
+        assert same
+
+
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_worker_anew(tmp_path, shards):
     (tmp_path / "arguments.json").write_text(json.dumps({"shards": str(shards.path)}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2", "--monitor-interval", "0.2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([*command, str(HERE / "guard_worker.py"), str(tmp_path), "elastic"], env=environment, capture_output=True, text=True, timeout=280, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-6000:]
     for rank in range(2):
-        assert json.loads((tmp_path / f"result-{rank}.json").read_text()) == {"attempt": "1", "began": [2], "same": True}
+        assert json.loads((tmp_path / f"result-{rank}.json").read_text()) == {"attempt": "2", "began": [4], "same": True}

@@ -1,7 +1,7 @@
 """Writes the checkpoint that stands for this release's format in the tests of later releases: python tests/parallel/make_checkpoint_fixture.py
 
-    fixtures/format-1/checkpoint/   as `parallel.checkpoint.save` wrote it: 15 k parameters, fp32, after two steps
-    fixtures/format-1/expected.json the losses and gradient norms of the two steps after it, and sums over weights and moments
+    fixtures/format-N/checkpoint/   as `parallel.checkpoint.save` wrote it: 15 k parameters, fp32, after two steps
+    fixtures/format-N/expected.json the losses and gradient norms of the two steps after it, and sums over weights and moments
 
 Run it once for a new format, into a new folder; fixtures of earlier formats stay as they are, and must go on loading.
 """

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pickle
+import random
 import shutil
 import zipfile
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scenarios import MODEL, Run
 
 from megatron_r1.model.build import build_model
 from megatron_r1.model.load import load_model
-from megatron_r1.parallel import checkpoint
+from megatron_r1.parallel import checkpoint, tensor_files
 from megatron_r1.parallel.config import LayoutConfig
+from megatron_r1.parallel.device import HostCopies
+from megatron_r1.parallel.mcore import ShardedTensor
 from megatron_r1.parallel.optimizer import adam_step, local_states
 from megatron_r1.parallel.pickle_guard import guarded_load
 from megatron_r1.utils.errors import CheckpointError, EnvironmentProblem
@@ -165,7 +172,7 @@ def test_weights_alone(tmp_path: Path) -> None:
 
 def test_another_model_does_not_fit(saved: Path) -> None:
     ctx = Run(LayoutConfig()).ctx
-    for change in ({"ffn_size": 256}, {"num_layers": 5}, {"tied_embeddings": False}):
+    for change in ({"ffn_size": 256}, {"num_layers": 5}, {"tied_embeddings": False}, {"vocab_size": 320}):
         with pytest.raises(CheckpointError) as caught:
             load_model(saved, ctx, config=MODEL.replace(**change))
         assert str(saved) in caught.value.expected
@@ -178,7 +185,7 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     (tmp_path / ".c.partial" / "weights" / "junk").write_text("half")
     for step in (1, 2):
         checkpoint.save(tmp_path / "c", run.chunks, run.optimizer, {"step": step}, run.ctx)
-        assert checkpoint.verify(tmp_path / "c")["common"] == {"step": step}
+        assert checkpoint.verify(tmp_path / "c", run.ctx)["common"] == {"step": step}
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
@@ -222,6 +229,33 @@ def test_flipped_bit(name: str, copy: Path) -> None:
     refused(copy, name, "SHA-256", "damaged")
 
 
+def test_a_flipped_bit_in_any_piece_of_a_file(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large files have a checksum for every piece of them, the last one shorter."""
+    run = Run(LayoutConfig())
+    run.load(saved)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "PIECE", 1_000_003)
+        run.save(tmp_path / "c")
+    tensors = tmp_path / "c" / "weights" / "__0_0.distcp"
+    data = tensors.read_bytes()
+    listed = json.loads((tmp_path / "c" / "checksums.json").read_text())["files"]["weights/__0_0.distcp"]
+    assert listed["bytes"] == len(data)
+    assert listed["sha256"] == [hashlib.sha256(data[start : start + 1_000_003]).hexdigest() for start in range(0, len(data), 1_000_003)]
+    assert len(listed["sha256"]) > 3
+    for position in (0, 1_000_002, 1_000_003, 2_500_000, len(data) - 1):
+        tensors.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        refused(tmp_path / "c", "__0_0.distcp", f"bytes {position // 1_000_003 * 1_000_003} to", "damaged")
+    tensors.write_bytes(data)
+    checkpoint.verify(tmp_path / "c", run.ctx)
+
+
+def test_a_later_format_is_not_taken_for_damage(copy: Path) -> None:
+    record = json.loads((copy / "checksums.json").read_text())
+    (copy / "checksums.json").write_text(json.dumps(record | {"format": checkpoint.FORMAT + 1}))
+    with pytest.raises(EnvironmentProblem, match=f"format {checkpoint.FORMAT + 1}"):
+        checkpoint.verify(copy, Run(LayoutConfig()).ctx)
+
+
 @pytest.mark.parametrize("name", [*FILES, "checksums.json"])
 def test_missing_file(name: str, copy: Path) -> None:
     (copy / name).unlink()
@@ -234,8 +268,12 @@ def test_extra_file(copy: Path) -> None:
 
 
 def test_damaged_list(copy: Path) -> None:
-    (copy / "checksums.json").write_text("{")
-    refused(copy, "checksums.json")
+    record = json.loads((copy / "checksums.json").read_text())
+    first = next(iter(record["files"].values()))
+    short = {**record, "files": {**record["files"], "common.json": {**first, "bytes": (copy / "common.json").stat().st_size, "sha256": []}}}
+    for text in ("{", "[]", "{}", json.dumps({**record, "piece": 0}), json.dumps({**record, "piece": "x"}), json.dumps({**record, "format": None}), json.dumps(short)):
+        (copy / "checksums.json").write_text(text)
+        refused(copy, "checksums.json")
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
@@ -266,7 +304,7 @@ def resign(path: Path) -> None:
     """Make the checksums fit what is there: an attacker can do that."""
     record = json.loads((path / "checksums.json").read_text())
     record["files"] = {
-        f.relative_to(path).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256_file(f)}
+        f.relative_to(path).as_posix(): {"bytes": f.stat().st_size, "sha256": [sha256_file(f)]}
         for f in path.rglob("*") if f.is_file() and f.name != "checksums.json"
     }  # fmt: skip
     (path / "checksums.json").write_text(json.dumps(record))
@@ -353,6 +391,70 @@ def test_code_in_a_tensor_file_is_not_run(copy: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+# ---------------------------------------------------------------- tensors and their places
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 5), max_size=4).map(tuple), st.data())
+def test_a_range_of_a_tensor_as_rectangles(shape: tuple[int, ...], data: st.DataObject) -> None:
+    """They are the range, in its order, and few."""
+    numbers = np.arange(int(np.prod(shape))).reshape(shape)
+    low = data.draw(st.integers(0, numbers.size))
+    high = data.draw(st.integers(low, numbers.size))
+    found, count = [], 0
+    for corner, size, start in checkpoint._rectangles(shape, low, high):
+        part = numbers[tuple(slice(a, a + n) for a, n in zip(corner, size))].reshape(-1)
+        assert part[0] == start
+        found += part.tolist()
+        count += 1
+    assert found == list(range(low, high))
+    assert count <= max(1, 2 * len(shape) - 1)
+
+
+def test_tensors_are_read_as_torch_reads_them(saved: Path) -> None:
+    """Every tensor, and random parts of them into any type, against torch's reader of the format."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    expected: dict[str, torch.Tensor] = {}
+    _load_state_dict(expected, storage_reader=FileSystemReader(saved / "weights"), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    assert any(tensor.dim() == 3 or "layers" in name for name, tensor in expected.items())
+    draw = random.Random(3)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        wanted = []
+        for name, whole in expected.items():
+            low = [draw.randrange(n) for n in whole.shape]
+            size = [draw.randint(1, n - a) for a, n in zip(low, whole.shape)]
+            room = torch.full([n + 1 for n in size], -7.0, dtype=dtype)[tuple(slice(0, n) for n in size)]
+            wanted.append(ShardedTensor(name, room, dtype, tuple(size), tuple(whole.shape), tuple(low), None))
+        tensor_files.read(saved / "weights", wanted)
+        for entry in wanted:
+            part = expected[entry.key][tuple(slice(a, a + n) for a, n in zip(entry.global_offset, entry.local_shape))]
+            assert torch.equal(entry.data, part.to(dtype)), entry.key
+    entries = [ShardedTensor(name, torch.empty_like(t), t.dtype, tuple(t.shape), tuple(t.shape), (0,) * t.dim(), None) for name, t in expected.items()]
+    tensor_files.read(saved / "weights", entries)
+    assert all(torch.equal(entry.data, expected[entry.key]) for entry in entries)
+
+
+def test_memory_asked_for_ahead_is_the_one_used() -> None:
+    tensors = [torch.randn(1000, 7), torch.arange(5), torch.randn(3, 3, dtype=torch.bfloat16).t()]
+    copies = HostCopies()
+    copies.reserve(tensors)
+    found = copies.take(tensors)
+    memory = copies._memory
+    assert memory is not None
+    copies.reserve(tensors)
+    again = copies.take(tensors[1:])
+    assert copies._memory is memory, "neither grown nor made anew"
+    for copy in (found[0], *again):
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 64 == 0
+        assert memory.data_ptr() <= copy.data_ptr() < memory.data_ptr() + memory.numel()
+    assert torch.equal(again[1], tensors[2])
+    assert copies.take([torch.ones(10**5)])[0].sum() == 10**5
+
+
 # ---------------------------------------------------------------- full disk
 
 
@@ -369,9 +471,9 @@ def test_full_disk_leaves_the_last_checkpoint(copy: Path, monkeypatch: pytest.Mo
             run.save(copy)
     assert "full" in caught.value.found
     assert "free space" in caught.value.fix
-    assert checkpoint.verify(copy)["common"] == {"step": 2}
+    assert checkpoint.verify(copy, run.ctx)["common"] == {"step": 2}
     run.save(copy)
-    assert checkpoint.verify(copy)["common"] == {"step": 0}
+    assert checkpoint.verify(copy, run.ctx)["common"] == {"step": 0}
 
 
 def test_space_is_checked_before_writing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,4 +481,4 @@ def test_space_is_checked_before_writing(copy: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "total used free")(10**6, 10**6, 1000))
     with pytest.raises(EnvironmentProblem):
         run.save(copy)
-    assert checkpoint.verify(copy)["common"] == {"step": 2}
+    assert checkpoint.verify(copy, run.ctx)["common"] == {"step": 2}

@@ -12,8 +12,10 @@ import pytest
 from train_toys import final_bytes, resumable, settings, train
 
 from megatron_r1.artifacts.base import open_workspace
-from megatron_r1.parallel import checkpoint
+from megatron_r1.artifacts.checkpoint import CheckpointSet
+from megatron_r1.parallel import checkpoint, context
 from megatron_r1.parallel.mcore import PlannedSave
+from megatron_r1.train import loop
 from megatron_r1.utils.errors import CheckpointError, EnvironmentProblem
 from megatron_r1.utils.lock import only_process
 
@@ -42,8 +44,6 @@ def test_what_is_written_is_the_state_of_the_step_it_was_asked_at(tmp_path, shar
     plain = train(tmp_path / "plain", settings(**{**every, "checkpoints": {"evenly": 2, "background": False}}), shards=shards)
     release = threading.Event()
     names = held(monkeypatch, release)
-    from megatron_r1.train import loop
-
     update = loop.Trainer._update
 
     def releasing(self, *arguments):
@@ -59,7 +59,7 @@ def test_what_is_written_is_the_state_of_the_step_it_was_asked_at(tmp_path, shar
         one, two = (checkpoint_of(artifact.path, step) for artifact in (plain, background))
         for file in ("weights/__0_0.distcp", "weights/.metadata", "weights/common.pt", "rng/rank-00000.json"):
             assert (one / file).read_bytes() == (two / file).read_bytes(), file
-        checkpoint.verify(two)
+        checkpoint.verify(two, context.current())
 
 
 def checkpoint_of(root: Path, step: int) -> Path:
@@ -83,6 +83,80 @@ def test_a_failed_save_ends_training_at_a_step_boundary_and_keeps_the_one_before
     folder = workspace(tmp_path, config, shards) / "checkpoints"
     assert [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".")] == ["step-00000002"], "deleted only after a newer one is complete"
     assert final_bytes(train(tmp_path, config, shards=shards)) == final_bytes(straight)
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_a_rollback_while_a_checkpoint_is_being_written(every, tmp_path, shards, monkeypatch) -> None:
+    """It is waited for: it is the one to go back to (of step 4), or has to go because it is newer than the incident (of step 6)."""
+    config = settings(
+        budget="9 steps", checkpoints={"every": f"{every} steps", "keep": 3}, guard={"skip": 1, "hold": 1, "recovery": 2, "hold_steps": "2 steps"},
+    )
+    monkeypatch.setattr(loop.Trainer, "_reduce", bad_losses(loop.Trainer._reduce, {5, 6, 7}))
+    plain = train(tmp_path / "plain", config, shards=shards)
+    release, waited = threading.Event(), []
+    held(monkeypatch, release)
+    finish = checkpoint.PendingSave.finish
+
+    def finishing(self):
+        waited.append(self.path.name)
+        release.set()
+        finish(self)
+        release.clear()
+
+    monkeypatch.setattr(checkpoint.PendingSave, "finish", finishing)
+    monkeypatch.setattr(checkpoint.PendingSave, "ready", lambda self: False)
+    found = train(tmp_path / "held", config, shards=shards)
+    assert waited[:2] == (["step-00000002", "step-00000004"] if every == 2 else ["step-00000004", "step-00000008"])
+    assert waited[2:3] == (["step-00000006"] if every == 2 else ["step-00000009"])
+    assert [record["decision"] for record in CheckpointSet.open(found).journal()] == ["skip", "hold", "rollback"]
+    assert CheckpointSet.open(found).journal() == CheckpointSet.open(plain).journal()
+    assert final_bytes(found) == final_bytes(plain)
+
+
+def bad_losses(reduce, steps):
+    """Losses of these steps are no numbers."""
+
+    def faulty(self, reports, stop):
+        sums = reduce(self, reports, stop)
+        if self.step + 1 in steps:
+            sums["loss_sum"] = float("nan")
+        return sums
+
+    return faulty
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_kept(tmp_path, shards) -> None:
+    """Undamaged, but not of this model: an error before the first step, and nothing is written over."""
+    other = train(tmp_path / "other", settings(model={"preset": "nano", "num_layers": 1}, budget="2 steps"), shards=shards)
+    config = settings(budget="6 steps")
+    folder = workspace(tmp_path, config, shards) / "checkpoints" / "step-00000002"
+    shutil.copytree(checkpoint_of(other.path, 2), folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError) as caught:
+        train(tmp_path, config, shards=shards)
+    assert str(folder) in caught.value.expected
+    assert "configuration" in caught.value.fix
+    assert {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()} == before
+    assert not (folder.parent.parent / "ledger.jsonl").exists(), "no step was made"
+
+
+def test_a_checkpoint_is_hashed_once_when_a_run_goes_on(tmp_path, shards, straight, monkeypatch) -> None:
+    from megatron_r1.train import run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_payload", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, resumable(), shards=shards)
+    hashed, check = [], checkpoint._check_piece
+
+    def counted(path, name, *rest):
+        hashed.append((path.name, name))
+        check(path, name, *rest)
+
+    monkeypatch.setattr(checkpoint, "_check_piece", counted)
+    assert final_bytes(train(tmp_path, resumable(), shards=shards)) == final_bytes(straight)
+    assert ("step-00000007", "weights/__0_0.distcp") in hashed
+    assert len(hashed) == len(set(hashed))
 
 
 def test_any_failure_of_the_writer_is_told(tmp_path, shards, monkeypatch) -> None:

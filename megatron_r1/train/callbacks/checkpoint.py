@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron_r1.artifacts.checkpoint import checkpoint_folder, checkpoint_folders
+from megatron_r1.parallel import checkpoint
 from megatron_r1.parallel.checkpoint import PendingSave
 from megatron_r1.parallel.device import HostCopies
 from megatron_r1.train.callbacks.base import Callback
@@ -37,6 +38,11 @@ class Checkpoints(Callback):
         self.newest = 0
         self.copies = HostCopies() if config.background else None
         self.pending: PendingSave | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Ask for the memory of the first save beside the first steps."""
+        if self.copies is not None:
+            checkpoint.reserve(self.copies, trainer.chunks, trainer.optimizer)
 
     def on_step(self, trainer: Trainer) -> None:
         """Commit what is written, save when due."""
