@@ -74,7 +74,7 @@ class SourceCursor(Frozen):
 class TrainManifest(Frozen):
     """Content of train.json."""
 
-    objective: str = Field(description="next_token, distill, sft or group_dro")
+    objective: str = Field(description="next_token, distill, sft, group_dro or grpo")
     checkpoints: list[CheckpointRecord] = Field(description="kept checkpoints, ascending by step")
     final: int = Field(description="index in `checkpoints` of the last step")
     steps: int = Field(description="optimizer steps of the phase")

@@ -10,6 +10,7 @@ tokens spelled out inside a message stay text, so that a message cannot end its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_r1.data.document import Message
 from megatron_r1.data.tokenizer import CHAT_TOKENS, Tokenizer
@@ -35,6 +36,28 @@ def require_chat(tokenizer: Tokenizer) -> None:
             found=f"{tokenizer.folder.name} ({tokenizer.vocab_size} ids) has neither set",
             fix="use tokenizer kind train_bpe, a tokenizer that has them, or set tokenizer.add_chat_tokens: true for a tokenizer.json",
         )
+
+
+def stop_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end an answer: end of text, and end of turn where the tokenizer has one."""
+    return tuple(sorted({i for i in (tokenizer.eos_id, tokenizer.end_of_turn_id) if i is not None}))
+
+
+def asked(ids: Sequence[int], mask: Sequence[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """A rendered conversation cut at its last answer: (what comes before, with the header of the assistant's turn; the answer's tokens).
+
+    ids and mask as `render` makes them. The answer is without the token that ends its turn, and empty where the assistant says nothing.
+    """
+    said = [place for place, learn in enumerate(mask) if learn]
+    end = said[-1] if said else len(ids)
+    marks = tokenizer.info.chat_ids
+    opening = marks.get("header_start", marks.get("start"))
+    before = [place for place in range(end) if ids[place] == opening]
+    if not said or not before:
+        return list(ids), []
+    turn = [place for place in said if place > before[-1]]
+    header = render([], tokenizer, add_generation_prompt=True)[0]
+    return [*ids[: before[-1]], *header[header.index(opening) :]], list(ids[turn[0] : end + (ids[end] != marks["end"])])
 
 
 def render(messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:

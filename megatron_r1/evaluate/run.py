@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_r1.artifacts.base import Artifact, Workspace
 from megatron_r1.artifacts.checkpoint import CheckpointSet
+from megatron_r1.data.chat import stop_ids
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.evaluate.compare import compare
@@ -91,11 +92,6 @@ def _bench(config: EvaluateConfig, checkpoint: CheckpointSet, shards: Artifact |
         subject=subject, tokenizer=tokenizer, shards=opened, seed=config.seed or 0, bootstrap=config.bootstrap,
         allow_code_execution=config.allow_code_execution, stop_ids=stop_ids(tokenizer),
     )
-
-
-def stop_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end an answer: end of text, and end of turn where the tokenizer has one."""
-    return tuple(sorted({i for i in (tokenizer.eos_id, tokenizer.end_of_turn_id) if i is not None}))
 
 
 def _measure(config: EvaluateConfig, bench: Bench, work: Workspace, name: str) -> None:

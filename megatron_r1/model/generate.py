@@ -204,9 +204,11 @@ def decoder_of(model: Any) -> Decoder:
     from megatron_r1.model.forward import logits as model_logits
 
     model = whole(model)
-    decoder = Decoder(model.state_dict(), config_of(model))
-    probe = torch.arange(_PROBE_TOKENS, device=decoder.device)[None] * 7919 % decoder.config.vocab_size
+    config = config_of(model)
+    probe = torch.arange(_PROBE_TOKENS, device=next(model.parameters()).device)[None] * 7919 % config.vocab_size
+    # First: under overlapped parameter gathering it is the model's own pass that waits for the weights of the last update.
     expected = model_logits(model, probe).float()
+    decoder = Decoder(model.state_dict(), config)
     found = decoder.logits(decoder.prefill(probe, decoder.cache(1, _PROBE_TOKENS)))
     scale = max(float(expected.abs().max()), 1.0)
     tolerance = scale * (1e-3 if decoder.embedding.dtype == torch.float32 else 5e-2)
@@ -222,14 +224,14 @@ def decoder_of(model: Any) -> Decoder:
 @torch.no_grad()
 def generate(
     model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int] = (), greedy: bool = True, *,
-    temperature: float = 1.0, seed: int = 0, batch_size: int = 64,
+    temperature: float = 1.0, seed: int = 0, numbers: Sequence[int] | None = None, keep_stop: bool = False, batch_size: int = 64,
 ) -> list[list[int]]:
     """Continue every prompt; the result for a prompt does not depend on the other prompts (up to rounding of matrix products).
 
     `model`: a GPTModel, a list with one, or a `Decoder`. Returns the new tokens of each prompt in order, up to (not
-    including) the first of `stop_ids`; a list of length `max_new_tokens` was cut. With `greedy=False` a token is drawn from
+    including, without `keep_stop`) the first of `stop_ids`; a list of length `max_new_tokens` without one was cut. With `greedy=False` a token is drawn from
     softmax(logits / temperature) by the inverse of its distribution, with uniform numbers that depend only on `seed` and
-    the prompt's place in the list. Raises DataError on an empty prompt or a token outside the vocabulary.
+    the prompt's number: its place in the list unless `numbers` say otherwise. Raises DataError on an empty prompt or a token outside the vocabulary.
     """
     decoder = model if isinstance(model, Decoder) else decoder_of(model)
     _check(prompts, decoder.config.vocab_size)
@@ -244,16 +246,16 @@ def generate(
         indices = by_length[start : start + batch_size]
         uniforms = None
         if not greedy:
-            draws = [generator(seed, "generate", index).random(max_new_tokens) for index in indices]
+            draws = [generator(seed, "generate", index if numbers is None else int(numbers[index])).random(max_new_tokens) for index in indices]
             uniforms = torch.from_numpy(np.stack(draws)).to(decoder.device)
-        batch = _generate_batch(decoder, [prompts[index] for index in indices], max_new_tokens, stops, uniforms, temperature)
+        batch = _generate_batch(decoder, [prompts[index] for index in indices], max_new_tokens, stops, uniforms, temperature, keep_stop)
         for index, tokens in zip(indices, batch, strict=True):
             results[index] = tokens
     return results
 
 
 def _generate_batch(
-    decoder: Decoder, prompts: list[Sequence[int]], max_new_tokens: int, stops: Tensor, uniforms: Tensor | None, temperature: float
+    decoder: Decoder, prompts: list[Sequence[int]], max_new_tokens: int, stops: Tensor, uniforms: Tensor | None, temperature: float, keep_stop: bool
 ) -> list[list[int]]:
     """`generate` for prompts that fit one batch; uniforms [b, max_new_tokens] or None for greedy."""
     device = decoder.device
@@ -281,7 +283,7 @@ def _generate_batch(
             alive, chosen, positions, active = alive[active], chosen[active], positions[active], active[active]
         hidden = decoder.step(chosen, positions, cache)
         positions = positions + 1
-    return [row[:count] for row, count in zip(written.tolist(), counts.tolist(), strict=True)]
+    return [row[: count + keep_stop] for row, count in zip(written.tolist(), counts.tolist(), strict=True)]
 
 
 @torch.no_grad()

@@ -228,6 +228,9 @@ def _train(recipe: Recipe, step: str) -> dict[str, Any]:
                 notes.append("FLOPs without the teacher's forward passes: its size is not known here")
             else:
                 flops += tokens * teacher.flops_per_token(length, training=False)
+        if config.objective == "grpo":
+            flops += tokens * model.flops_per_token(length, training=False)
+            notes.append("tokens and FLOPs: at most, for answers that fill their sequences; with the passes that write them")
         if config.inputs.reference is not None:
             flops += tokens * model_of(recipe, config.inputs.reference).flops_per_token(length, training=False)
     if not model.max_positions >= length:

@@ -38,7 +38,7 @@ from megatron_r1.report.text import count, duration, percent, plural, signed, si
 from megatron_r1.report.verdicts import Pair, Verdict, equal_budget_pairs, is_control
 
 TEMPLATES = Path(__file__).parent / "templates"
-OBJECTIVES = {"next_token": "next token", "distill": "distillation", "sft": "fine-tuning", "group_dro": "next token, group DRO"}
+OBJECTIVES = {"next_token": "next token", "distill": "distillation", "sft": "fine-tuning", "group_dro": "next token, group DRO", "grpo": "GRPO"}
 RELIABLE = 0.9
 DOMAIN_ORDER = ("code", "math", "maths", "knowledge", "science", "web", "chat", "noise")
 

@@ -68,7 +68,8 @@ def judge(run: Run, shuffled: str | None = None) -> tuple[Verdict, ...]:
         *_beats_baselines(run),
         *_leave_one_out(run),
         *_beats_control(run),
-        _sft_above_base(run),
+        _above_start(run, "sft", "sft_above_base", "Fine-tuning lifts the generated tasks above the model it started from"),
+        *_rewarded(run),
         _control_at_chance(run),
         _parity(run),
     )
@@ -310,8 +311,8 @@ class Lift:
         )
 
 
-def lifts(run: Run) -> tuple[Lift, ...]:
-    """One per fine-tuned model that was evaluated.
+def lifts(run: Run, objective: str = "sft") -> tuple[Lift, ...]:
+    """One per model trained with `objective` that was evaluated.
 
     The base is the model it started from; where that was not evaluated, the evaluation it was compared with. Questions are
     compared one by one where the evaluation holds that comparison, else mean against mean.
@@ -319,7 +320,7 @@ def lifts(run: Run) -> tuple[Lift, ...]:
     found = []
     for trained in run.trained:
         after = run.evaluation_of(trained.step)
-        if trained.objective != "sft" or after is None:
+        if trained.objective != objective or after is None:
             continue
         named = next((e for e in run.evaluated if e.step == after.baseline), None)
         before = run.evaluation_of(trained.start) or named
@@ -355,11 +356,17 @@ def is_generated(result: Result) -> bool:
     return result.group == "generated" and result.higher_is_better
 
 
-def _sft_above_base(run: Run) -> Verdict:
-    key, claim = "sft_above_base", "Fine-tuning lifts the generated tasks above the model it started from"
-    found = lifts(run)
+def _rewarded(run: Run) -> tuple[Verdict, ...]:
+    """Only where something was trained on rewards."""
+    if all(trained.objective != "grpo" for trained in run.trained):
+        return ()
+    return (_above_start(run, "grpo", "rewards_above_start", "Training on rewards lifts the generated tasks above the model it started from"),)
+
+
+def _above_start(run: Run, objective: str, key: str, claim: str) -> Verdict:
+    found = lifts(run, objective)
     if not found:
-        return Verdict(key, claim, "absent", "Needs evaluations of a fine-tuned model and of the model it started from.")
+        return Verdict(key, claim, "absent", "Needs evaluations of the trained model and of the model it started from.")
     good = [lift.step for lift in found if lift.low > 0]
     bad = [lift.step for lift in found if lift.low <= 0]
     return Verdict(key, claim, _status(good, bad), "; ".join(lift.sentence for lift in found) + ".")

@@ -1,4 +1,4 @@
-"""Settings of the train stage: pre-training, mid-training with distillation and supervised fine-tuning. Torch-free."""
+"""Settings of the train stage: pre-training, mid-training with distillation, supervised fine-tuning, training on rewards. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from megatron_r1.model.config import ModelConfig
 from megatron_r1.parallel.config import LayoutConfig
 from megatron_r1.utils.logging import human
 
-Objective = Literal["next_token", "distill", "sft", "group_dro"]
+Objective = Literal["next_token", "distill", "sft", "group_dro", "grpo"]
+CONVERSATIONS = ("sft", "grpo")
+"""Objectives whose samples are conversations: no cursors are carried, shares need not be stated."""
 Every = Steps | Tokens
 
 
@@ -37,7 +39,7 @@ class TrainInputs(Frozen):
     mixture: StepName | None = Field(None, description="mixture step that gives the share of every source (or set `sources`)")
     checkpoint: StepName | None = Field(None, description="train step to start from (its final checkpoint); none: random weights")
     teacher: StepName | None = Field(None, description="train step whose final checkpoint is the teacher of the distill objective")
-    reference: StepName | None = Field(None, description="train step whose final checkpoint is the reference model of the group_dro objective")
+    reference: StepName | None = Field(None, description="train step whose final checkpoint is the reference model of group_dro, or of grpo with a kl_weight")
     probe: StepName | None = Field(
         None, description="probe step whose documents, per capability, are the validation set of the `probe` curves and what `scores` are measured against"
     )
@@ -140,6 +142,20 @@ class GroupDroConfig(Frozen):
     smoothing: float = Field(1e-3, gt=0, lt=1, description="c: share of the uniform mixture mixed in after every update (paper: 0.001)")
 
 
+class GrpoConfig(Frozen):
+    """Training on rewards: GRPO (arXiv 2402.03300) with one update per batch of generations (docs/training.md, On rewards)."""
+
+    generations: int = Field(8, ge=2, description="answers written per question; global_batch / seq_length is questions x generations")
+    max_new_tokens: int = Field(1024, gt=0, description="longest answer in tokens; questions longer than what seq_length leaves are left out")
+    variant: Literal["grpo", "dapo", "dr_grpo"] = Field(
+        "grpo", description="what a token weighs: grpo, the mean over each answer; dapo, the mean over all tokens of the step (arXiv 2503.14476); "
+        "dr_grpo, the sum divided by max_new_tokens, and rewards not divided by their deviation (arXiv 2503.20783)"
+    )
+    format_reward: float = Field(0.1, ge=0, description="reward of an answer that ends by itself and gives its result behind a mark; the right result earns 1")
+    kl_weight: float = Field(0.0, ge=0, description="weight of the divergence from inputs.reference (k3 estimate per token); published: 0, no reference")
+    batch_size: int = Field(64, gt=0, description="answers written at once by one process")
+
+
 class LoaderConfig(Frozen):
     """How batches get from the shards to the device. The samples are the same whatever is set here, and so is the step's fingerprint."""
 
@@ -201,7 +217,7 @@ class TrainConfig(StageConfig):
 
     stage: Literal["train"] = Field("train", description="which stage this step runs")
     inputs: TrainInputs = Field(description="steps this one reads")
-    objective: Objective = Field("next_token", description="next_token, distill (KL to a teacher), sft (masked, packed conversations) or group_dro (next token, sources weighted by their excess loss: DoReMi's proxy)")
+    objective: Objective = Field("next_token", description="next_token, distill (KL to a teacher), sft (masked, packed conversations), group_dro (next token, sources weighted by their excess loss: DoReMi's proxy) or grpo (answers of the model's own, by their rewards)")
     model: ModelConfig | None = Field(None, description="model to initialise: a preset name or its sizes; none: the input checkpoint's model")
     model_changes: ModelChanges = Field(ModelChanges(), description="changes to the input checkpoint's model")
     budget: Tokens | Steps | Epochs = Field(description="how long: '2T tokens', '500k steps' or '2 epochs' (of all sources together)")
@@ -230,6 +246,7 @@ class TrainConfig(StageConfig):
     distill: DistillConfig = Field(DistillConfig(), description="settings of the distill objective")
     sft: SftConfig = Field(SftConfig(), description="settings of the sft objective")
     group_dro: GroupDroConfig = Field(GroupDroConfig(), description="settings of the group_dro objective")
+    grpo: GrpoConfig = Field(GrpoConfig(), description="settings of the grpo objective")
     loader: LoaderConfig = Field(LoaderConfig(), description="reading ahead and uploading", json_schema_extra=HOW)
     log: LogConfig = Field(LogConfig(), description="metrics and TensorBoard")
     guard: GuardConfig = Field(GuardConfig(), description="losses and gradients that are not finite or leap")
@@ -259,7 +276,7 @@ class TrainConfig(StageConfig):
             raise ValueError("expected a model or inputs.checkpoint; found both; remove model (use model_changes for rope_theta and max_positions)")
         if self.inputs.mixture is not None and self.sources is not None:
             raise ValueError("expected inputs.mixture or sources; found both; keep one")
-        if self.objective != "sft" and self.inputs.mixture is None and self.sources is None:
+        if self.objective not in CONVERSATIONS and self.inputs.mixture is None and self.sources is None:
             raise ValueError("expected inputs.mixture or sources; found neither; name a mixture step, give shares, or write sources: natural")
         for table in (self.sources, *(piece.sources for piece in self.schedule)):
             if isinstance(table, dict) and (not table or min(table.values()) < 0 or max(table.values()) <= 0):
@@ -269,17 +286,19 @@ class TrainConfig(StageConfig):
                 raise ValueError(
                     f"schedule: expected each start after the one before and after its `over`; found {int(piece.start)} after {int(before.start)} + {int(before.over)} tokens; move it"
                 )
-        if self.objective in ("sft", "group_dro") and (self.schedule or self.max_epochs is not None):
+        if self.objective in (*CONVERSATIONS, "group_dro") and (self.schedule or self.max_epochs is not None):
             raise ValueError(f"expected neither schedule nor max_epochs with objective {self.objective}; found one; it has shares of its own, remove the setting")
         if self.objective == "distill" and (self.inputs.teacher is None) == (self.distill.teacher is None):
             raise ValueError("expected one teacher for objective distill: inputs.teacher or distill.teacher; found " + ("none" if self.inputs.teacher is None else "both") + "; give exactly one")
         if self.objective != "distill" and (self.inputs.teacher is not None or self.distill.teacher is not None):
             raise ValueError(f"expected no teacher with objective {self.objective}; found one; set objective: distill or remove it")
-        if (self.objective == "group_dro") != (self.inputs.reference is not None):
+        if (self.objective == "group_dro" or (self.objective == "grpo" and self.grpo.kl_weight > 0)) != (self.inputs.reference is not None):
             raise ValueError(
-                f"expected inputs.reference with objective group_dro, and only then; found objective {self.objective} "
-                f"{'without' if self.inputs.reference is None else 'with'} it; name the train step whose losses the excess is over"
+                f"expected inputs.reference with objective group_dro or with grpo.kl_weight, and only then; found objective {self.objective} "
+                f"{'without' if self.inputs.reference is None else 'with'} it; name the train step whose losses the excess, or the divergence, is over"
             )
+        if self.objective == "grpo":
+            self._check_grpo()
         if self.scores is not None and self.objective != "next_token":
             raise ValueError(
                 f"expected objective next_token with scores; found {self.objective}, whose loss is not the one a probe gradient compares with; "
@@ -290,6 +309,24 @@ class TrainConfig(StageConfig):
         if self.scores is not None:
             _positive(self.scores.every)
         return self
+
+    def _check_grpo(self) -> None:
+        """Raises ValueError."""
+        if self.sequences_per_step % self.grpo.generations:
+            raise ValueError(
+                f"expected global_batch / seq_length to be a multiple of grpo.generations; found {self.sequences_per_step} sequences and {self.grpo.generations}; "
+                f"use {int(self.seq_length) * self.grpo.generations} tokens for every question of a step"
+            )
+        if self.grpo.max_new_tokens >= self.seq_length:
+            raise ValueError(
+                f"expected seq_length above grpo.max_new_tokens, with room for a question; found {int(self.seq_length)} and {self.grpo.max_new_tokens} tokens; raise seq_length"
+            )
+        for name in ("tensor", "pipeline", "context"):
+            if (degree := getattr(self.layout, name)) > 1:
+                raise ValueError(
+                    f"layout: expected {name}: 1 with objective grpo, because every process writes its own answers with a model that is whole; found {name}: {degree}; "
+                    "use data parallelism, with distributed_optimizer and recompute where memory is short"
+                )
 
     @property
     def sequences_per_step(self) -> int:
@@ -326,6 +363,8 @@ def describe(config: TrainConfig) -> str:
     data = config.inputs.mixture or (config.sources if isinstance(config.sources, str) else "stated shares" if config.sources else "all conversations")
     data += f", {len(config.schedule)} later shares" if config.schedule else ""
     teacher = config.inputs.teacher or (config.distill.teacher and (config.distill.teacher.package or config.distill.teacher.hf_folder))
+    if config.objective == "grpo":
+        data += f", {config.sequences_per_step // config.grpo.generations} questions x {config.grpo.generations} answers a step"
     beside = f" with teacher {teacher}" if teacher else f" against {config.inputs.reference}" if config.inputs.reference else ""
     return (
         f"train {config.objective}{beside}: {model}, {length} of {int(config.global_batch)} tokens "

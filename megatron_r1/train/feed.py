@@ -26,11 +26,12 @@ from megatron_r1.data.dali import DaliSteps
 from megatron_r1.data.dataset import PretrainDataset, SftDataset
 from megatron_r1.data.loader import Loader
 from megatron_r1.data.mixture_order import MixtureOrder
+from megatron_r1.data.prompts import GroupedOrder, PromptDataset
 from megatron_r1.data.schedule import Order, ScheduledOrder, interpolated
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.data.view import TokenStream
 from megatron_r1.parallel import device
-from megatron_r1.train.config import TrainConfig
+from megatron_r1.train.config import CONVERSATIONS, TrainConfig
 from megatron_r1.train.objectives import TENSORS
 from megatron_r1.utils.errors import ConfigError, DataError, ParallelError
 from megatron_r1.utils.logging import get_logger
@@ -43,7 +44,7 @@ Batch = dict[str, np.ndarray]
 class Dataset(Protocol):
     """What the feed needs of a dataset. `order`: the data order; `source_names`: what `source_ids` index."""
 
-    order: Order
+    order: Order | GroupedOrder
     source_names: list[str]
 
     def batch(self, indices: Any) -> Batch:
@@ -63,7 +64,7 @@ class TrainingData:
     lists: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
 
     @property
-    def order(self) -> Order:
+    def order(self) -> Order | GroupedOrder:
         """Which block every sample is."""
         return self.dataset.order
 
@@ -106,7 +107,7 @@ class TrainingData:
 
 
 def shares(config: TrainConfig, shards: ShardSet, mixture: Artifact | None) -> dict[str, float] | None:
-    """Share of every source, sum 1; None when the phase states none (sft only). Raises DataError for unknown sources."""
+    """Share of every source, sum 1; None when the phase states none (conversations only). Raises DataError for unknown sources."""
     if mixture is not None:
         return _shares(load_mixture(mixture).weights, shards)
     return None if config.sources is None else _shares(config.sources, shards)
@@ -150,7 +151,7 @@ def view_hash(numbers: np.ndarray) -> str:
 
 def _carried(config: TrainConfig, shards: ShardSet, artifact: Artifact, parent: CheckpointSet | None, known: Mapping[tuple[str, str], np.ndarray]) -> dict[str, SourceCursor]:
     """Cursors to go on with; a reason in the log when there is nothing to carry."""
-    if parent is None or not config.carry_cursors or config.objective == "sft":
+    if parent is None or not config.carry_cursors or config.objective in CONVERSATIONS:
         return {}
     manifest = parent.manifest
     if manifest.shards != artifact.fingerprint:
@@ -176,10 +177,10 @@ def open_data(config: TrainConfig, shards: ShardSet, artifact: Artifact, mixture
     before the budget is."""
     weights = shares(config, shards, mixture)
     kept = kept_documents(shards, artifact, mixture)
-    if config.objective == "sft" and kept:
+    if config.objective in CONVERSATIONS and kept:
         raise ConfigError(
             expected="a mixture that keeps all conversations, for fine-tuning", found=f"documents left out of {', '.join(kept)}",
-            fix="make the mixture without a filter: conversations are packed whole and are not chosen by influence",
+            fix="make the mixture without a filter: conversations are taken whole and are not chosen by influence",
         )
     views = {name: view_hash(numbers) for name, numbers in kept.items()}
     lists = {(name, views[name]): _flags(len(shards.split(name)), numbers) for name, numbers in kept.items()}
@@ -187,6 +188,8 @@ def open_data(config: TrainConfig, shards: ShardSet, artifact: Artifact, mixture
     seed = parent.manifest.data_seed if carried and parent is not None else derive_seed(config.seed or 0, "data")
     if config.objective == "sft":
         return _open_sft(config, shards, weights, seed)
+    if config.objective == "grpo":
+        return _open_prompts(config, shards, weights, seed)
     if not weights:
         raise DataError(expected="at least one source with a share above 0", found="none", fix="check the mixture, or set `sources`")
     for name, cursor in carried.items():
@@ -271,6 +274,17 @@ def _open_sft(config: TrainConfig, shards: ShardSet, weights: dict[str, float] |
     for what, counts in (("cut to seq_length", dataset.truncated), ("left out for having no target", dataset.without_target)):
         if sum(counts.values()):
             log.warning("sft: %d conversations %s (%s)", sum(counts.values()), what, ", ".join(f"{name} {count}" for name, count in counts.items() if count))
+    return TrainingData(dataset, seed)
+
+
+def _open_prompts(config: TrainConfig, shards: ShardSet, weights: dict[str, float] | None, seed: int) -> TrainingData:
+    names = [name for name in (weights or shards.sources) if len(shards.split(name))]
+    longest = int(config.seq_length) - config.grpo.max_new_tokens
+    dataset = PromptDataset({name: shards.split(name) for name in names}, shards.tokenizer, seed, config.grpo.generations, longest, weights)
+    log.info("grpo: %s", ", ".join(f"{len(documents)} questions of {name}" for name, documents in dataset.documents.items()))
+    for what, counts in (("without an answer behind a mark", dataset.without_answer), (f"whose question is longer than {longest} tokens", dataset.too_long)):
+        if sum(counts.values()):
+            log.warning("grpo: %d conversations %s left out (%s)", sum(counts.values()), what, ", ".join(f"{name} {count}" for name, count in counts.items() if count))
     return TrainingData(dataset, seed)
 
 

@@ -18,7 +18,7 @@ from megatron_r1.artifacts.base import Artifact, Parent, artifact_path, open_art
 from megatron_r1.artifacts.checkpoint import CheckpointSet
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.data.view import Ranges, TokenStream, document_numbers, union
-from megatron_r1.train.config import TrainConfig
+from megatron_r1.train.config import CONVERSATIONS, TrainConfig
 from megatron_r1.train.feed import TrainingData, open_data
 from megatron_r1.utils.errors import DataError
 
@@ -93,8 +93,8 @@ def open_phase(artifact: Artifact) -> Phase:
     """A train artifact's data, from the artifacts beside it. Raises DataError when they give another order than it was trained in."""
     found = CheckpointSet.open(artifact)
     config = TrainConfig.model_validate(artifact.manifest.config)
-    if config.objective == "sft":
-        raise DataError(expected="a phase of pre-training or mid-training", found=f"{artifact.name}, which packs conversations", fix="look at an earlier phase")
+    if config.objective in CONVERSATIONS:
+        raise DataError(expected="a phase of pre-training or mid-training", found=f"{artifact.name}, which takes whole conversations", fix="look at an earlier phase")
 
     def beside(role: str) -> Artifact | None:
         parent = artifact.manifest.parents.get(role)

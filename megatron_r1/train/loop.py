@@ -1,4 +1,4 @@
-"""The training loop: one for pre-training, distillation and fine-tuning, on one process or many.
+"""The training loop: one for pre-training, distillation, fine-tuning and training on rewards, on one process or many.
 
 A step is a pure function of (weights, optimizer state, step number): the samples, the learning rate and every draw derive
 from the step number, so a run that is killed and resumed ends in the same bytes. The one exception is written down first: when losses or gradients go wrong (train/guard.py),
@@ -208,6 +208,8 @@ class Trainer:
             self.guard.forget()
         self.phase = "data"
         batches = self.feed.step(self.step)
+        self.phase = "preparation"
+        batches = self.objective.prepare(self.chunks, batches, self.step)
         self.phase = "forward and backward"
         mark = Mark(self.ctx.device)
         reports = forward_backward(

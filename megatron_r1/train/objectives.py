@@ -1,4 +1,4 @@
-"""What a step minimises: next-token loss, distillation, masked fine-tuning. Each is a forward step for parallel/schedule.py.
+"""What a step minimises: next-token loss, distillation, masked fine-tuning (train/group_dro.py and train/grpo.py have two more). Each is a forward step for parallel/schedule.py.
 
 The reported loss and its gradient are sums over target tokens divided, once, by the number of target tokens of the whole
 global batch (the schedule divides): averaging per micro-batch first would give a token in a sparsely masked micro-batch
@@ -63,6 +63,10 @@ class Objective:
     def record(self) -> dict[str, Any]:
         """What it adds to a metrics record."""
         return {}
+
+    def prepare(self, chunks: Sequence[nn.Module], batches: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+        """The micro-batches that step `step` (0-based) trains on, made of those the feed has for it and of the present weights. Collective."""
+        return batches
 
     def output(self, chunk: nn.Module, batch: Tensors, arrays: Arrays) -> Tensor:
         """What the chunk hands to `losses` (on stages that are not the last: to the next stage)."""

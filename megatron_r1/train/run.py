@@ -47,9 +47,10 @@ from megatron_r1.train.callbacks.tensorboard import TensorBoard
 from megatron_r1.train.callbacks.validation import Validation
 from megatron_r1.train.callbacks.wandb import Wandb
 from megatron_r1.train.callbacks.watch import Watch
-from megatron_r1.train.config import DistillConfig, TrainConfig
+from megatron_r1.train.config import CONVERSATIONS, DistillConfig, TrainConfig
 from megatron_r1.train.feed import TrainingData, open_data
 from megatron_r1.train.group_dro import GroupDRO
+from megatron_r1.train.grpo import GRPO
 from megatron_r1.train.loop import Trainer
 from megatron_r1.train.objectives import Distill, Objective
 from megatron_r1.train.probe_directions import probe_rows
@@ -165,10 +166,15 @@ def make_objective(
     config: TrainConfig, model: ModelConfig, artifact: Artifact | None, shards: ShardSet, data: TrainingData, total: int, work: Workspace, ctx: ParallelContext,
 ) -> Objective:
     """The objective with its teacher, whose cache is filled here if it has one, or its reference model (`artifact`)."""
-    if config.objective == "group_dro":
-        assert artifact is not None  # TrainConfig checked
+    reference = None
+    if config.inputs.reference is not None:
+        assert artifact is not None
         reference = teachers.open_teacher(DistillConfig(), artifact, shards, model.vocab_size, ctx, config.precision, "reference model")
         assert isinstance(reference, teachers.TrainedTeacher)
+    if config.objective == "grpo":
+        return GRPO(config, ctx, data.sources, shards.tokenizer, reference)
+    if config.objective == "group_dro":
+        assert artifact is not None  # TrainConfig checked
         return GroupDRO({name: data.weights[name] for name in data.sources}, ctx.device, config.group_dro, reference, artifact.name)
     if config.objective != "distill":
         return Objective(len(data.sources), ctx.device)
@@ -223,7 +229,8 @@ def make_callbacks(
     if config.rankme.samples:
         callbacks.append(RankMe(config.rankme, shards, model.hidden_size, length, seed))
     callbacks += [scores] if scores else []
-    callbacks += [Metrics(model.flops_per_token(length), device_peak(config, target)), Journal()]
+    # A step of grpo trains on fewer tokens than global_batch and writes answers besides: no share of the peak can be said.
+    callbacks += [Metrics(model.flops_per_token(length), None if config.objective == "grpo" else device_peak(config, target)), Journal()]
     if config.log.tensorboard:
         callbacks.append(TensorBoard())
     if config.watch.wandb is not None:
@@ -295,7 +302,7 @@ def write_payload(trainer: Trainer, artifact: Artifact, shards: ShardSet, parent
             shutil.rmtree(path)
     before = 0 if parent is None else parent.manifest.tokens_before + parent.manifest.tokens
     # Cursors of a chat corpus mean rows of one particular packing: nothing can go on from them.
-    cursors = {} if config.objective == "sft" else data.cursors(trainer.total * config.sequences_per_step)
+    cursors = {} if config.objective in CONVERSATIONS else data.cursors(trainer.total * config.sequences_per_step)
     data.save_lists(work.path, cursors)
     manifest = TrainManifest(
         objective=config.objective, checkpoints=records, final=len(records) - 1, steps=trainer.total, tokens=trainer.tokens, tokens_before=before,

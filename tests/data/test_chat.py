@@ -5,7 +5,7 @@ from data_toys import TEXTS, toy_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_r1.data.chat import render
+from megatron_r1.data.chat import asked, render, stop_ids
 from megatron_r1.data.document import problem
 from megatron_r1.data.tokenizer import write_info
 from megatron_r1.utils.errors import DataError
@@ -103,3 +103,24 @@ def test_what_is_no_conversation(messages, reason):
 
 def test_what_is_a_conversation():
     assert problem([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]) is None
+
+
+@given(turns.filter(lambda conversation: any(role == "assistant" for role, _ in conversation)))
+@settings(max_examples=60, deadline=None)
+def test_a_conversation_cut_at_its_last_answer(pair, conversation):
+    """What is asked is what a model is given to go on from; with the answer and the end of turn it is the conversation again."""
+    ours, _ = pair
+    messages = [{"role": role, "content": content} for role, content in conversation]
+    last = max(place for place, (role, _) in enumerate(conversation) if role == "assistant")
+    prompt, answer = asked(*render(messages, ours), ours)
+    assert prompt == render(messages[:last], ours, add_generation_prompt=True)[0]
+    whole = render(messages[: last + 1], ours)[0]
+    assert [*prompt, *answer, ours.end_of_turn_id] == whole[: len(prompt) + len(answer) + 1]
+    assert ours.end_of_turn_id in stop_ids(ours)
+
+
+def test_nothing_is_answered_where_the_assistant_is_silent(pair):
+    ours, _ = pair
+    ids, mask = render([{"role": "user", "content": "hello"}], ours)
+    assert asked(ids, mask, ours) == (ids, [])
+    assert asked([], [], ours) == ([], [])

@@ -13,7 +13,7 @@ sys.path.insert(0, str(HERE.parent / "train"))
 sys.path.insert(0, str(HERE))
 
 from launch import launch  # noqa: E402
-from train_toys import make_probe, make_shards, settings, train  # noqa: E402
+from train_toys import REWARDED, make_probe, make_questions, make_shards, settings, train  # noqa: E402
 
 from megatron_r1.artifacts.checkpoint import CheckpointSet  # noqa: E402
 from megatron_r1.artifacts.training_scores import ScoresReader  # noqa: E402
@@ -32,6 +32,7 @@ CHAT = {
 }
 DRO = {"model": MODEL, "objective": "group_dro", "inputs": {"shards": "corpus", "reference": "teacher"}, "budget": "4 steps", "log": {"every": "1 steps"}}
 DISTILL = {"model": MODEL, "objective": "distill", "inputs": {"shards": "corpus", "teacher": "teacher"}, "budget": "4 steps"}
+GRPO = {**REWARDED, "budget": "4 steps"}
 SCORES = {"model": MODEL, "budget": "5 steps", "inputs": {"shards": "corpus", "probe": "probe"}, "scores": {"every": "2 steps", "rank": None}, "optimizer": {"eps": 1e-4}}
 SCORED = {"scored-tp2-sp": {"tensor": 2, "sequence_parallel": True}, "scored-pp2": {"pipeline": 2}, "scored-dp2-overlap": LAYOUTS["dp2-overlap"]}
 CASES = {
@@ -41,6 +42,7 @@ CASES = {
     "distill-cp2": (DISTILL, {"context": 2}), "dro-cp2": (DRO, {"context": 2}),
     "distill-tp2": (DISTILL, {"tensor": 2}), "distill-cached-dp2": ({**DISTILL, "distill": {"cache_top_k": 32}}, {}),
     "distill-cached-tp2": ({**DISTILL, "distill": {"cache_top_k": 32}}, {"tensor": 2}),
+    "grpo-dp2": (GRPO, {}), "grpo-dp2-overlap": (GRPO, LAYOUTS["dp2-overlap"]),
     "dro-dp2": (DRO, {}), "dro-tp2-sp": (DRO, {"tensor": 2, "sequence_parallel": True}),
 }
 ROLES = {"distill": "teacher", "group_dro": "reference"}
@@ -52,22 +54,23 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     shards = make_shards(folder)
     teacher = train(folder, settings(model={**MODEL, "init_std": 0.2}, budget="1 steps"), "teacher", shards=shards)
-    probe = make_probe(folder, shards)
+    probe, questions = make_probe(folder, shards), make_questions(folder)
     cases = {
         name: {
             "settings": {**base, "layout": layout},
+            "shards": str((questions if base.get("objective") == "grpo" else shards).path),
             "inputs": {ROLES[base["objective"]]: str(teacher.path)} if base.get("objective") in ROLES else {"probe": str(probe.path)} if "scores" in base else {},
         }
         for name, (base, layout) in CASES.items()
     }
-    ranks = launch(HERE / "train_layout_worker.py", 2, folder / "ranks", {"shards": str(shards.path), "cases": cases}, timeout=300)
-    return ranks, folder, shards, teacher, probe
+    ranks = launch(HERE / "train_layout_worker.py", 2, folder / "ranks", {"cases": cases}, timeout=300)
+    return ranks, folder, shards, teacher, probe, questions
 
 
 @pytest.fixture(scope="module")
 def alone(runs):
     """Single-process results by settings."""
-    _, folder, shards, teacher, probe = runs
+    _, folder, shards, teacher, probe, questions = runs
     known = {}
 
     def result(base):
@@ -75,7 +78,7 @@ def alone(runs):
         if key not in known:
             name = f"alone{len(known)}"
             inputs = {ROLES[base["objective"]]: teacher} if base.get("objective") in ROLES else {"probe": probe} if "scores" in base else {}
-            known[key] = CheckpointSet.open(train(folder, settings(**base), name, shards=shards, **inputs))
+            known[key] = CheckpointSet.open(train(folder, settings(**base), name, shards=questions if base.get("objective") == "grpo" else shards, **inputs))
         return known[key]
 
     return result
@@ -98,6 +101,8 @@ def test_equals_one_process(runs, alone, name):
             assert mine.get(group, {}) == pytest.approx(theirs.get(group, {}), abs=1e-5), group
         for part, weights in theirs.get("group_dro", {}).items():
             assert mine["group_dro"][part] == pytest.approx(weights, abs=1e-5), part
+        assert mine.get("grpo", {}).pop("source_reward", {}) == pytest.approx(theirs.get("grpo", {}).pop("source_reward", {}), abs=1e-6)
+        assert mine.get("grpo", {}) == pytest.approx(theirs.get("grpo", {}), abs=1e-6)
         assert mine.get("rankme", 0.0) == pytest.approx(theirs.get("rankme", 0.0), rel=1e-4)
     assert any("grad_norm" in r for r in records)
 

@@ -23,7 +23,7 @@ def main(folder: Path) -> None:
     for name, case in arguments["cases"].items():
         started = time.monotonic()
         inputs = {role: reopen(Path(path)) for role, path in case.get("inputs", {}).items()}
-        artifact = train(folder / "runs", settings(**case["settings"]), name, shards=reopen(Path(arguments["shards"])), **inputs)
+        artifact = train(folder / "runs", settings(**case["settings"]), name, shards=reopen(Path(case["shards"])), **inputs)
         found = CheckpointSet.open(artifact)
         results[name] = {"metrics": found.metrics(), "ledger": found.ledger(), "cursors": found.manifest.plain()["data_cursors"], "path": str(artifact.path)}
         print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)

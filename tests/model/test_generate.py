@@ -86,6 +86,26 @@ def test_stop_token_ends_a_row_and_is_not_returned(decoder):
         assert cut == (row[: row.index(stop)] if stop in row else row)
 
 
+def test_the_stop_token_is_kept_where_asked_for(decoder):
+    asked = prompts(9, seed=2)
+    plain = generate(decoder, asked, 12, stop_ids=[3, 5, 9], greedy=False, seed=4)
+    kept = generate(decoder, asked, 12, stop_ids=[3, 5, 9], greedy=False, seed=4, keep_stop=True)
+    for without, row in zip(plain, kept, strict=True):
+        assert row[: len(without)] == without
+        assert row[len(without) :] in ([[3], [5], [9]] if len(without) < 12 else [[]])
+    assert {len(row) == 12 for row in plain} == {True, False}
+
+
+def test_draws_follow_the_number_and_not_the_place(decoder):
+    asked = prompts(5, seed=2)
+    together = generate(decoder, asked, 10, greedy=False, seed=4, numbers=[40, 7, 7, 0, 12])
+    turned = generate(decoder, asked[::-1], 10, greedy=False, seed=4, numbers=[12, 0, 7, 7, 40])
+    assert together == turned[::-1]
+    same = generate(decoder, [asked[0]] * 3, 10, greedy=False, seed=4, numbers=[1, 2, 1])
+    assert same[0] == same[2] != same[1]
+    assert generate(decoder, asked, 10, greedy=False, seed=4, numbers=range(5)) == generate(decoder, asked, 10, greedy=False, seed=4)
+
+
 def test_rows_that_finish_early_do_not_disturb_the_others(decoder):
     """Forces the batch to be compacted again and again: half of the vocabulary stops a row."""
     asked = prompts(24, seed=9)

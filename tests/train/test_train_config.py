@@ -19,6 +19,7 @@ SFT = {
     "inputs": {"shards": "tulu", "checkpoint": "midtrain2"}, "objective": "sft", "budget": "2 epochs", "global_batch": "2097152 tokens", "micro_batch": "4 samples",
     "seq_length": "4096 tokens", "lr": {"peak": 5e-6, "warmup": 0.03}, "optimizer": {"beta2": 0.999, "weight_decay": 0}, "sft": {"mask": "all"},
 }
+GRPO = {"objective": "grpo", "grpo": {"generations": 2, "max_new_tokens": 8}, "global_batch": "512 tokens", "seq_length": "32 tokens"}
 
 
 def test_published_pretraining_and_sft():
@@ -41,6 +42,12 @@ def test_published_pretraining_and_sft():
     ("change", "message"),
     [
         ({"budget": 500}, "write the unit"),
+        ({**GRPO, "global_batch": "480 tokens"}, r"multiple of grpo.generations; found 15 sequences and 2; use 64 tokens for every question"),
+        ({**GRPO, "grpo": {"generations": 2, "max_new_tokens": 32}}, "seq_length above grpo.max_new_tokens"),
+        *(({**GRPO, "layout": {name: 2}}, f"expected {name}: 1 with objective grpo") for name in ("tensor", "pipeline", "context")),
+        ({**GRPO, "grpo": {"kl_weight": 0.1, "max_new_tokens": 8, "generations": 2}}, "with grpo.kl_weight, and only then; found objective grpo without it"),
+        ({**GRPO, "inputs": {"shards": "corpus", "reference": "sft"}}, "only then; found objective grpo with it"),
+        ({**GRPO, "schedule": [{"start": "1k tokens", "sources": "natural"}]}, "neither schedule nor max_epochs with objective grpo"),
         ({"global_batch": "100 tokens"}, "multiple of seq_length"),
         ({"model": None}, "found neither"),
         ({"inputs": {"shards": "a", "checkpoint": "b"}}, "found both"),

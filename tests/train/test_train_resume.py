@@ -28,8 +28,8 @@ def same(resumed, straight):
     assert a.manifest == b.manifest
 
 
-def victim(folder, shards, when):
-    command = [sys.executable, str(HERE / "train_victim.py"), str(folder), str(shards.path), when]
+def victim(folder, shards, when, *beside):
+    command = [sys.executable, str(HERE / "train_victim.py"), str(folder), str(shards.path), when, *beside]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -79,6 +79,26 @@ SCORED: dict[str, Any] = {"inputs": {"shards": "corpus", "probe": "probe"}, "sco
 """What `resumable` and `settings` take to score documents; with checkpoints every second step directions outlive one."""
 
 
+def make_questions(folder: Path, right: float = 1.0, count: int = 120, seed: int = 0) -> Artifact:
+    """Conversations "copy 3" -> "#### 3", of which the share `right` has the right digit and the others a random one."""
+    rng = np.random.default_rng(seed)
+    work = open_workspace(folder, "questions", "shards", {"right": right, "count": count, "seed": seed})
+    tokenizer = train_bpe(["copy 0 1 2 3 4 5 6 7 8 9 #### user assistant"], 300, work.path / "tokenizer")
+    splits = {}
+    (work.path / "sources" / "copy").mkdir(parents=True)
+    for split, n in (("train", count), ("test", 10)):
+        writer = ShardWriter(work.path / "sources" / "copy" / split, tokenizer.vocab_size, masked=True)
+        for index in range(n):
+            asked = index % 10
+            said = asked if rng.random() < right else int(rng.integers(10))
+            ids, mask = render([{"role": "user", "content": f"copy {asked}"}, {"role": "assistant", "content": f"#### {said}"}], tokenizer)
+            writer.add(ids, 12, f"copy-{split}-{index}", mask=mask)
+        splits[split] = writer.close()
+    record = SourceRecord(name="copy", domain="math", format="chat", splits=splits).plain()
+    atomic_write_json(work.path / SOURCES_FILE, {"sources": {"copy": record}, "tokenizer": {"sha256": tokenizer.sha256}})
+    return work.complete({})
+
+
 def settings(**changes: Any) -> TrainConfig:
     """A run of 6 steps on the nano model; `changes` replace top-level fields."""
     plain: dict[str, Any] = {
@@ -87,6 +107,13 @@ def settings(**changes: Any) -> TrainConfig:
         "validation": {"tokens": "0 tokens"}, "log": {"every": "1 steps", "tensorboard": False},
     }
     return TrainConfig.model_validate({**plain, **changes})
+
+
+REWARDED: dict[str, Any] = {
+    "objective": "grpo", "model": {"preset": "nano", "vocab_size": 384, "num_kv_heads": 2, "init_std": 0.1}, "sources": {"copy": 1.0}, "seq_length": "32 tokens",
+    "global_batch": "384 tokens", "micro_batch": 2, "grpo": {"generations": 3, "max_new_tokens": 8, "format_reward": 0.5, "batch_size": 6},
+}
+"""What `resumable` and `settings` take to train on the rewards of `make_questions`: 4 questions x 3 answers, micro-batches that cut groups."""
 
 
 def train(folder: Path, config: TrainConfig, name: str = "train", **inputs: Artifact | None) -> Artifact:

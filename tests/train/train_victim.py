@@ -1,7 +1,7 @@
-"""A training process that kills itself where it is told to: python train_victim.py <folder> <shards> <when> [probe].
+"""A training process that kills itself where it is told to: python train_victim.py <folder> <shards> <when> [probe | grpo].
 
 when: `step N` SIGKILL after the backward pass of step N; `save N` SIGKILL while the checkpoint of step N is written;
-`none` run to the end. With a probe documents are scored.
+`none` run to the end. With a probe documents are scored; with `grpo` it trains on rewards.
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from train_toys import SCORED, reopen, resumable, train
+from train_toys import REWARDED, SCORED, reopen, resumable, train
 
 from megatron_r1.parallel import checkpoint
 from megatron_r1.train import loop
@@ -47,5 +47,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     kind, _, number = sys.argv[3].partition(" ")
     arm(kind, int(number or 0))
-    probe = reopen(Path(sys.argv[4])) if len(sys.argv) > 4 else None
-    train(Path(sys.argv[1]), resumable(**(SCORED if probe else {})), shards=reopen(Path(sys.argv[2])), probe=probe)
+    beside = sys.argv[4] if len(sys.argv) > 4 else ""
+    probe = reopen(Path(beside)) if beside not in ("", "grpo") else None
+    changes = REWARDED if beside == "grpo" else SCORED if probe else {}
+    train(Path(sys.argv[1]), resumable(**changes), shards=reopen(Path(sys.argv[2])), probe=probe)

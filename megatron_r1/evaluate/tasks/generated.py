@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from megatron_r1.data.answers import extract, same
 from megatron_r1.data.chat import render
 from megatron_r1.data.tasks import TASKS, solution, task_items
-from megatron_r1.evaluate.answers import extract, same
 from megatron_r1.evaluate.config import GeneratedSettings
 from megatron_r1.evaluate.results import Measurement, Outcome, bits_per_byte, prompt_hash, share
 from megatron_r1.evaluate.task import Bench, TaskDropped, continuation_nats

@@ -26,7 +26,8 @@ class Console(Callback):
         """Advance; after a few steps say how long the phase will take."""
         if trainer.step == 0:
             return
-        trainer.bar.note(loss=trainer.last.loss, lr=trainer.last.lr, **({"mfu": trainer.record["mfu"]} if "mfu" in trainer.record else {}))
+        more = {"mfu": trainer.record["mfu"]} if "mfu" in trainer.record else {"reward": trainer.record["grpo"]["reward"]} if "grpo" in trainer.record else {}
+        trainer.bar.note(loss=trainer.last.loss, lr=trainer.last.lr, **more)
         trainer.bar.advance(int(trainer.config.global_batch))
         self._steps += 1
         if self._steps > 1:

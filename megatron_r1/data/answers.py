@@ -1,4 +1,4 @@
-"""Finding the final answer in a model's text, and comparing it with the right one.
+"""Finding the final answer in a model's text, and comparing it with the right one: for evaluation and for rewards.
 
 The order of forms is the one of MATH-style graders (boxed, "#### x", "the answer is x"), so that a model is not punished
 for the form it was taught. Only when no such mark is there the last number (numeric questions) or the last line counts.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import NamedTuple
 
 _NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*[1-9]\d*)?"
 _NUMBERS = re.compile(rf"(?<![\w.]){_NUMBER}|(?<=[=:(\[$]){_NUMBER}")
@@ -24,22 +25,51 @@ def extract(text: str, numeric: bool) -> str | None:
     '7'
     """
     text = _THINK.sub("", text)
+    found, answer = _marked(text, numeric)
+    if found:
+        return answer
+    if numeric:
+        numbers = _NUMBERS.findall(text)
+        return clean(numbers[-1]) if numbers else None
+    lines = [line for line in text.strip().split("\n") if line.strip()]
+    return clean(lines[-1]) if lines else None
+
+
+def marked(text: str, numeric: bool) -> str | None:
+    """As `extract`, but only an answer that stands behind a mark: boxed, "#### x" or "the answer is x"."""
+    return _marked(_THINK.sub("", text), numeric)[1]
+
+
+class Verdict(NamedTuple):
+    """Whether the answer is the right one, and whether it stands behind a mark."""
+
+    correct: bool
+    marked: bool
+
+
+def verify(text: str, truth: str) -> Verdict:
+    """Judge a model's whole text, whatever it is, by the right answer. The question counts as numeric when the right answer is a number."""
+    numeric = number(truth) is not None
+    return Verdict(same(extract(text, numeric), truth), bool(marked(text, numeric)))
+
+
+def _marked(text: str, numeric: bool) -> tuple[bool, str | None]:
+    """Whether there is a mark, and the answer behind it."""
     boxed = _last_boxed(text)
     if boxed is not None:
-        return clean(boxed)
+        return True, clean(boxed)
     if "####" in text:
         rest = clean(text.rsplit("####", 1)[1].strip().split("\n")[0])
         numbers = _NUMBERS.findall(rest) if numeric and number(rest) is None else []
-        return clean(numbers[0]) if numbers else rest or None
+        return True, clean(numbers[0]) if numbers else rest or None
     phrases = _PHRASE.findall(text)
-    if phrases:
-        text = phrases[-1]
+    if not phrases:
+        return False, None
     if numeric:
-        numbers = _NUMBERS.findall(text)
-        # After "the answer is" the first number is the answer; in free text the last one is.
-        return clean(numbers[0 if phrases else -1]) if numbers else None
-    lines = [line for line in text.strip().split("\n") if line.strip()]
-    return clean(lines[0 if phrases else -1]) if lines else None
+        # In free text the last number is the answer, after "the answer is" the first one.
+        numbers = _NUMBERS.findall(phrases[-1])
+        return True, clean(numbers[0]) if numbers else None
+    return True, clean(phrases[-1]) or None
 
 
 def clean(answer: str) -> str:
@@ -60,7 +90,11 @@ def number(text: str) -> Fraction | None:
     text = clean(text)
     if not _WHOLE.match(text):
         return None
-    return Fraction(text.replace(",", "").replace(" ", ""))
+    above, _, below = "".join(text.replace(",", "").split()).partition("/")
+    try:
+        return Fraction(above) / Fraction(below or 1)
+    except ValueError:  # more digits than Python turns into a number
+        return None
 
 
 def same(answer: str | None, truth: str) -> bool:
@@ -79,12 +113,13 @@ def _folded(text: str) -> str:
 
 def _last_boxed(text: str) -> str | None:
     """Content of the last balanced \\boxed{...}."""
-    start = text.rfind("\\boxed{")
+    start, end = text.rfind("\\boxed{"), len(text)
     while start >= 0:
         depth, begin = 1, start + len("\\boxed{")
-        for position in range(begin, len(text)):
+        for position in range(begin, end):
             depth += {"{": 1, "}": -1}.get(text[position], 0)
             if depth == 0:
                 return text[begin:position]
-        start = text.rfind("\\boxed{", 0, start)
+        # This brace is never closed, so one before it that is closed is closed before it.
+        start, end = text.rfind("\\boxed{", 0, start), start
     return None
