@@ -96,7 +96,7 @@ class TrainManifest(Frozen):
     sources: dict[str, float] = Field(description="share of every source asked for")
     skipped_steps: list[int] = Field(description="steps whose update was skipped or that a rollback left out, because a loss or gradient was not finite or leapt")
     layout: dict[str, Any] = Field(description="parallel layout it was trained on; loading does not depend on it")
-    precision: str = Field(description="fp32 or bf16")
+    precision: str = Field(description="fp32, bf16 or fp8")
     scores: TrainingScores | None = Field(default=None, description="scores of the documents made while training, in short; rows in scores/")
     group_dro: DomainWeights | None = Field(default=None, description="domain weights, objective group_dro only")
 

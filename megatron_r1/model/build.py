@@ -7,7 +7,7 @@ degrees of parallelism nor the order of construction can change a weight.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from megatron_r1.model.config import ModelConfig
 from megatron_r1.model.spec import block_spec
+from megatron_r1.parallel import device
+from megatron_r1.parallel.config import Precision
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.parallel.mcore import (
     ColumnParallelLinear,
@@ -28,8 +30,6 @@ from megatron_r1.parallel.mcore import (
 from megatron_r1.parallel.sequence import context_piece
 from megatron_r1.parallel.vocab import VocabShard, vocab_shard
 from megatron_r1.utils.seeding import derive_seed
-
-Precision = Literal["fp32", "bf16"]
 
 
 class OutputHead(ColumnParallelLinear):
@@ -108,9 +108,11 @@ def build_model(
 
     Linear and embedding weights are normal(0, init_std), gains 1; the same numbers under every layout.
     `recompute` trades computation for memory: each layer's activations are computed again in the backward pass.
-    Raises ParallelError when the shapes do not fit the layout.
+    Raises ParallelError when the shapes do not fit the layout, EnvironmentProblem when FP8 is asked for and can not be had.
     """
     ctx.layout.check_model(config)
+    if precision == "fp8":
+        device.require_fp8(ctx.device)
     core = transformer_config(config, ctx, precision, recompute)
     stages = ctx.layout.virtual_pipeline
     chunks = []
@@ -135,9 +137,13 @@ def build_model(
 
 def transformer_config(config: ModelConfig, ctx: ParallelContext, precision: Precision, recompute: bool = False) -> TransformerConfig:
     """ModelConfig in megatron-core's terms. Its compiled fusions are off: they take tens of seconds per process on a CPU."""
-    layout, half = ctx.layout, precision == "bf16"
+    layout, half = ctx.layout, precision != "fp32"
     dtype = torch.bfloat16 if half else torch.float32
     fields: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute else {}
+    if precision == "fp8":
+        # Scales are taken from the tensor at hand: none depends on earlier steps, so a checkpoint needs none. Weights are turned to FP8 anew for
+        # every micro-batch: what is kept between them would be stale wherever weights change without a call of megatron-core's schedule.
+        fields |= {"fp8": "hybrid", "fp8_recipe": "tensorwise", "disable_parameter_transpose_cache": True}
     with quietly():
         core = TransformerConfig(
             num_layers=config.num_layers,

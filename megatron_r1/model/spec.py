@@ -1,4 +1,5 @@
-"""The one layer specification, on CPU and GPU alike: megatron-core's parallel linears around our own operations.
+"""The one layer specification, on CPU and GPU alike: megatron-core's parallel linears around our own operations. For FP8 the linears
+are Transformer Engine's, and nothing else differs.
 
 Parameter names are megatron-core's, so that its gradient reductions and checkpoints treat them as they should.
 
@@ -31,6 +32,7 @@ from megatron_r1.parallel.mcore import (
     TransformerLayerSubmodules,
     get_bias_dropout_add,
     get_num_layers_to_build,
+    transformer_engine_linears,
 )
 from megatron_r1.parallel.sequence import context_piece
 
@@ -84,8 +86,8 @@ class SwiGLUMLP(MLP):
         return self.linear_fc2(swiglu(gate_up))
 
 
-def layer_spec() -> ModuleSpec:
-    """One decoder layer: norm, attention, residual, norm, SwiGLU, residual. No biases."""
+def layer_spec(column: type = ColumnParallelLinear, row: type = RowParallelLinear) -> ModuleSpec:
+    """One decoder layer: norm, attention, residual, norm, SwiGLU, residual. No biases. `column`, `row`: the linear layers."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -94,12 +96,12 @@ def layer_spec() -> ModuleSpec:
                 module=FusedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=IdentityOp, linear_proj=RowParallelLinear
+                    linear_qkv=column, core_attention=IdentityOp, linear_proj=row
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=SwiGLUMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(module=SwiGLUMLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
             # The names Transformer Engine's fused norm-and-linear modules use in checkpoints: both kinds can be exchanged.
             sharded_state_dict_keys_map={
@@ -111,6 +113,7 @@ def layer_spec() -> ModuleSpec:
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage (and interleaved chunk) and the final norm."""
+    """The layers of this pipeline stage (and interleaved chunk) and the final norm. Raises EnvironmentProblem for FP8 without Transformer Engine."""
+    spec = layer_spec(*transformer_engine_linears()) if config.fp8 else layer_spec()
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)

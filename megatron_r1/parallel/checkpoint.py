@@ -362,12 +362,12 @@ def _stored(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None) ->
 
 def _parts(chunks: Sequence[nn.Module]) -> list[tuple[nn.Parameter, list[tuple[int, ShardedTensor]]]]:
     """Every parameter of this process with its rectangles of global tensors, and where each begins in the flattened parameter: one, but two for
-    the gated MLP's input matrix. Only parameters: extra state of modules is Python objects, and ours have none."""
+    the gated MLP's input matrix. Only parameters: Transformer Engine's modules also have an extra state, but with scales from the tensor at hand nothing is in it."""
     found: dict[int, tuple[nn.Parameter, list[tuple[int, ShardedTensor]]]] = {}
     for chunk in chunks:
         for entry in unwrap(chunk).sharded_state_dict().values():
-            parameter = getattr(entry, "data", None)
-            if isinstance(parameter, torch.Tensor):
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory):
+                parameter = entry.data
                 built = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
                 starts = [(part.data.storage_offset() - parameter.storage_offset(), part) for part in built]
                 found.setdefault(id(parameter), (parameter, []))[1].extend(starts)

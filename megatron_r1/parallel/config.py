@@ -9,6 +9,9 @@ from pydantic import Field
 from megatron_r1.config.base import Frozen
 from megatron_r1.utils.errors import ParallelError
 
+Precision = Literal["fp32", "bf16", "fp8"]
+"""Number format of a training step. fp8: bf16 weights and activations, whose matrix products inside the layers are FP8."""
+
 
 class LayoutConfig(Frozen):
     """Degrees of parallelism. The data-parallel degree is what is left: world size / (tensor x pipeline x context)."""
@@ -95,4 +98,25 @@ class LayoutConfig(Frozen):
                     expected=f"{name} divisible by {degree_name} = {degree}",
                     found=f"{name} = {size}",
                     fix=f"choose {degree_name} among the divisors of {size}, or change {name}",
+                )
+
+    def check_fp8(self, model: Any, tokens: int) -> None:
+        """Refuse shapes that FP8 products do not take: in each process all sizes of a product are multiples of 16.
+
+        `model`: as in `check_model`; `tokens`: of one micro-batch. Raises ParallelError naming the size.
+        """
+        cuts = self.context * (self.tensor if self.sequence_parallel else 1)
+        sizes = {
+            "hidden_size": (model.hidden_size, 1),
+            "query, key and value columns": (model.query_size + 2 * model.kv_size, self.tensor),
+            "attention's output": (model.query_size, self.tensor),
+            "ffn_size": (model.ffn_size, self.tensor),
+            "micro_batch x seq_length": (tokens, cuts),
+        }
+        for name, (size, degree) in sizes.items():
+            if size % (16 * degree):
+                raise ParallelError(
+                    expected=f"with precision: fp8, {name} in each process to be a multiple of 16",
+                    found=f"{size} / {degree}",
+                    fix=f"choose {name} divisible by {16 * degree}, a lower degree of parallelism, or precision: bf16",
                 )

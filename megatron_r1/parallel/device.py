@@ -86,6 +86,16 @@ def activate(target: torch.device) -> None:
     torch.cuda.set_device(target)
 
 
+def require_fp8(target: torch.device) -> None:
+    """Raise EnvironmentProblem unless matrix products in FP8 can be computed there."""
+    wanted, fix = "a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell) for precision: fp8", "set precision: bf16 (on a CPU fp32 as well), or run on such a GPU"
+    if target.type != "cuda":
+        raise EnvironmentProblem(expected=wanted, found="a CPU", fix=fix)
+    capability = torch.cuda.get_device_capability(target)
+    if capability < (8, 9):
+        raise EnvironmentProblem(expected=wanted, found=f"{torch.cuda.get_device_name(target)} with {capability[0]}.{capability[1]}", fix=fix)
+
+
 def backend(target: torch.device) -> str:
     """The torch.distributed backend that fits a device: nccl or gloo."""
     return "nccl" if target.type == "cuda" else "gloo"

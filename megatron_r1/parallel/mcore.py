@@ -23,6 +23,8 @@ from megatron_r1.parallel import device as _device
 from megatron_r1.utils.errors import EnvironmentProblem, ParallelError
 
 OLDEST, BEFORE = Version("0.16.1"), Version("0.20")
+OLDEST_ENGINE = Version("2.2")
+"""Of Transformer Engine: scales from the tensor at hand, which leave nothing to be saved in a checkpoint."""
 
 
 def _checked_version() -> Version:
@@ -102,6 +104,27 @@ for _message in (
     warnings.filterwarnings("ignore", message=_message)
 for _part in ("optimizer", "distributed", "dist_checkpointing", "models", "transformer", "utils"):
     logging.getLogger(f"megatron.core.{_part}").setLevel(logging.ERROR)
+
+
+def transformer_engine_linears() -> tuple[type, type]:
+    """Transformer Engine's (column-parallel, row-parallel) linear layers, as megatron-core wraps them. Raises EnvironmentProblem
+    when they can not be had."""
+    wanted = f"Transformer Engine >= {OLDEST_ENGINE}, for precision: fp8"
+    fix = "pip install --no-build-isolation 'transformer-engine[pytorch]' (NVIDIA's PyTorch images have it), or set precision: bf16"
+    try:
+        with quietly():
+            import transformer_engine
+            from megatron.core.extensions import transformer_engine as engine
+            from megatron.core.utils import get_te_version
+    except ImportError as error:
+        raise EnvironmentProblem(expected=wanted, found=f"{error}", fix=fix) from error
+    if not engine.HAVE_TE:
+        found = f"{getattr(transformer_engine, '__version__', 'a version')} that megatron-core {VERSION} does not understand"
+        raise EnvironmentProblem(expected=wanted, found=found, fix=fix)
+    if get_te_version() < OLDEST_ENGINE:
+        raise EnvironmentProblem(expected=wanted, found=f"{get_te_version()}", fix=fix)
+    _device.install_cpu_shim()
+    return engine.TEColumnParallelLinear, engine.TERowParallelLinear
 
 
 def p2p_settings(virtual_pipeline: int | None) -> dict[str, bool]:
@@ -233,4 +256,5 @@ __all__ = [
     "quietly",
     "reduce_from_tensor_model_parallel_region",
     "tensor_parallel",
+    "transformer_engine_linears",
 ]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
-from megatron_r1.parallel.config import LayoutConfig
+from megatron_r1.parallel.config import LayoutConfig, Precision
 from megatron_r1.parallel.context import ParallelContext
 from megatron_r1.parallel.mcore import (
     DistributedOptimizer,
@@ -19,8 +18,6 @@ from megatron_r1.parallel.mcore import (
     get_model_config,
     inner_optimizers,
 )
-
-Precision = Literal["fp32", "bf16"]
 
 # A clipping threshold no norm reaches: megatron-core computes the gradient norm only when it clips.
 _NO_CLIP = 1e30
@@ -49,7 +46,7 @@ def build_optimizer(
 
     The kernel is Transformer Engine's FusedAdam, else Apex's, else torch's fused AdamW: megatron-core chose one when it was imported.
     Weight decay acts on matrices, embeddings included, and not on norm gains. `clip` is the largest global gradient norm;
-    0 turns clipping off, the norm is still computed. bf16 keeps fp32 main weights.
+    0 turns clipping off, the norm is still computed. bf16 and fp8 keep fp32 main weights.
     """
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -61,8 +58,8 @@ def build_optimizer(
             adam_beta2=betas[1],
             adam_eps=eps,
             clip_grad=clip if clip > 0 else _NO_CLIP,
-            bf16=precision == "bf16",
-            params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            bf16=precision != "fp32",
+            params_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
             use_distributed_optimizer=layout.distributed_optimizer,
             overlap_param_gather=layout.overlap and layout.distributed_optimizer,
         ),
@@ -76,7 +73,7 @@ def build_optimizer(
         _prepare(inner.optimizer)
     for chunk in chunks:
         config = get_model_config(chunk)
-        config.grad_scale_func = optimizer.scale_loss if precision == "bf16" else None
+        config.grad_scale_func = None if precision == "fp32" else optimizer.scale_loss
     return optimizer
 
 

@@ -198,6 +198,8 @@ def _remarks(step: str, found: Need, cluster: Cluster, recipe: Recipe) -> Iterab
         values = {key: str(int(value)) if key == "micro_batch" else str(value).lower() for key, value in found.changes.items()}
         yield f"{step} does not fit as it stands; it fits with " + " ".join(f"--set steps.{step}.{key}={value}" for key, value in values.items())
     layout = found.config.layout
+    if found.config.precision == "fp8":
+        yield f"{step}: memory and hours are those of bf16: what FP8 copies take and what FP8 products save was not measured"
     if layout.pipeline > 1:
         idle = (layout.pipeline - 1) / (found.microbatches * (layout.virtual_pipeline or 1))
         yield f"{step}: the pipeline's bubble adds {100 * idle:.0f} % to its hours"

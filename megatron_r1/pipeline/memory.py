@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_r1.model.config import ModelConfig
-from megatron_r1.parallel.config import LayoutConfig
+from megatron_r1.parallel.config import LayoutConfig, Precision
 
 FP32 = 4
-BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
 LOSS_CHUNK = {"cpu": 8 << 20, "gpu": 256 << 20}
 """Logits made at a time (ops/linear_loss.py)."""
 FEWEST_ROWS = 128
@@ -35,7 +35,7 @@ class Shape:
     micro_batch: int
     seq_length: int
     microbatches: int
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     recompute: bool = False
     device: Literal["cpu", "gpu"] = "gpu"
     teacher: ModelConfig | None = None
@@ -115,13 +115,17 @@ def layer_bytes(shape: Shape, recompute: bool) -> int:
 def layer_working(shape: Shape) -> int:
     """What a layer's backward pass holds for a moment: at SwiGLU its two gradients and two products of one half's size, less the
     activation just used; then the gradient of the largest matrix."""
-    model, t, e = shape.model, shape.layout.tensor, BYTES[shape.precision]
+    model, e = shape.model, BYTES[shape.precision]
     n, f = shape.tokens, shape.model.ffn_size // shape.layout.tensor
     streams = 2 * shape.row_tokens * model.hidden_size * e
     swiglu = n * 3 * f * e
     matrix = n * f * e + 2 * f * model.hidden_size * e + n * model.hidden_size * e
-    gathered = n * model.hidden_size * e if shape.layout.sequence_parallel and t > 1 else 0
-    return streams + gathered + max(swiglu, matrix)
+    return streams + gathered(shape) + max(swiglu, matrix)
+
+
+def gathered(shape: Shape) -> int:
+    """megatron-core's one buffer for whole sequences under sequence parallelism, kept from the first forward pass on."""
+    return shape.tokens * shape.model.hidden_size * BYTES[shape.precision] if shape.layout.sequence_parallel else 0
 
 
 def parameters_of(shape: Shape, stage: int) -> int:
@@ -152,7 +156,7 @@ def stage_memory(shape: Shape, stage: int) -> StageMemory:
     model, layout, e = shape.model, shape.layout, BYTES[shape.precision]
     parameters = parameters_of(shape, stage)
     owned = -(-parameters // (shape.data_size * layout.context)) if layout.distributed_optimizer else parameters
-    main = FP32 * (shape.precision == "bf16")  # fp32 weights beside those in half precision
+    main = FP32 * (shape.precision != "fp32")  # fp32 weights beside those in half precision
     per_layer, in_flight = layer_bytes(shape, shape.recompute), layers_in_flight(shape, stage)
     micros = -(-in_flight // (model.num_layers // layout.pipeline))
     stream = shape.row_tokens * model.hidden_size * e
@@ -169,7 +173,8 @@ def stage_memory(shape: Shape, stage: int) -> StageMemory:
     waiting = matrix * e if last and first and model.tied_embeddings else 0
     moments = {"a layer's backward pass": again + layer_working(shape) + waiting}
     if last:
-        states = stream + shape.tokens * model.hidden_size * e  # what the final norm and the head keep
+        # What the final norm and the head keep; under sequence parallelism the norm's output is there beside the whole sequences.
+        states = stream + shape.tokens * model.hidden_size * e + (gathered(shape) + stream if layout.sequence_parallel else 0)
         if shape.whole_logits:
             logits = shape.tokens * vocabulary
             moments["loss"] = states + logits * (2 * e + FP32) + teaching
@@ -210,5 +215,5 @@ def shape_of(config: Any, model: ModelConfig, data_size: int, device: Literal["c
     foreign = live and config.distill.teacher is not None
     return Shape(
         model, config.layout, data_size, int(config.micro_batch), int(config.seq_length), per_copy, config.precision, config.recompute, device,
-        teacher if live else None, "bf16" if (config.distill.teacher.precision if foreign else config.precision) == "bf16" else "fp32", foreign,
+        teacher if live else None, "fp32" if (config.distill.teacher.precision if foreign else config.precision) == "fp32" else "bf16", foreign,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from megatron_r1.config.base import HOW, Frozen, StageConfig, StepName
 from megatron_r1.config.units import Duration, Epochs, Samples, Steps, Tokens
 from megatron_r1.data.pretrained import PretrainedConfig
 from megatron_r1.model.config import ModelConfig
-from megatron_r1.parallel.config import LayoutConfig
+from megatron_r1.parallel.config import LayoutConfig, Precision
 from megatron_r1.utils.logging import human
 
 Objective = Literal["next_token", "distill", "sft", "group_dro", "grpo"]
@@ -228,7 +228,9 @@ class TrainConfig(StageConfig):
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW's constants")
     reset_optimizer: bool = Field(True, description="start a new phase with fresh optimizer moments (false: carry the input checkpoint's)")
     layout: LayoutConfig = Field(LayoutConfig(), description="tensor, pipeline, context and data parallelism")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="number format of forward and backward; optimizer state is fp32 in both")
+    precision: Precision = Field(
+        "fp32", description="number format of forward and backward; optimizer state is fp32 in all. fp8: bf16 with the layers' matrix products by Transformer Engine in FP8, on GPUs (docs/training.md)"
+    )
     recompute: bool = Field(False, description="compute each layer's activations again in the backward pass: less memory, a third more computation")
     reset_documents: bool = Field(True, description="no attention across documents of a packed sequence (false: allowed, as in the published recipe)")
     sources: dict[str, float] | Literal["natural", "uniform"] | None = Field(
@@ -304,6 +306,8 @@ class TrainConfig(StageConfig):
                 f"expected objective next_token with scores; found {self.objective}, whose loss is not the one a probe gradient compares with; "
                 "remove scores, or score its checkpoints with an influence step"
             )
+        if self.scores is not None and self.precision == "fp8":
+            raise ValueError("expected precision fp32 or bf16 with scores; found fp8, whose layers do not let their inputs be heard; remove scores, or score its checkpoints with an influence step")
         if self.scores is not None and self.inputs.probe is None:
             raise ValueError("expected inputs.probe with scores; found none; name the probe step whose documents stand for the capabilities")
         if self.scores is not None:

@@ -134,6 +134,8 @@ def model_of(config: TrainConfig, shards: ShardSet, parent: CheckpointSet | None
             fix=f"set {'model_changes' if parent is not None else 'model'}.max_positions to {int(config.seq_length)} or shorten seq_length",
         )
     config.layout.check_model(model, int(config.seq_length))
+    if config.precision == "fp8":
+        config.layout.check_fp8(model, int(config.micro_batch) * int(config.seq_length))
     return model
 
 
@@ -255,7 +257,7 @@ def describe_start(trainer: Trainer, model: ModelConfig, parent: CheckpointSet |
     log.info(
         "model: %s parameters (%s without embeddings), %s; attention: %s; AdamW: %s", human(model.parameters()), human(model.non_embedding_parameters()),
         f"from {parent.artifact.name} step {parent.final.step}" if parent is not None else "random weights",
-        describe_attention(ctx.device.type, torch.bfloat16 if config.precision == "bf16" else torch.float32, model.head_dim),
+        describe_attention(ctx.device.type, torch.float32 if config.precision == "fp32" else torch.bfloat16, model.head_dim),
         f"{_inner_name(trainer.optimizer)}{', sharded' if layout.distributed_optimizer else ''}, moments {'carried' if parent and not config.reset_optimizer else 'fresh'}",
     )
     log.info(

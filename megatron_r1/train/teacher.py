@@ -50,7 +50,7 @@ class TrainedTeacher:
                 expected=f"pipeline: 1 with a {role} from a train step (it answers in one pass)", found=f"pipeline: {ctx.layout.pipeline}",
                 fix="use tensor or data parallelism" + (", or export the teacher and name the folder in distill.teacher.hf_folder" if role == "teacher" else ""),
             )
-        self.chunks = load_model(checkpoints.final, ctx, precision="bf16" if precision == "bf16" else "fp32")
+        self.chunks = load_model(checkpoints.final, ctx, precision="fp32" if precision == "fp32" else "bf16")
         self.vocab_size = int(checkpoints.model["vocab_size"])
 
     @torch.no_grad()

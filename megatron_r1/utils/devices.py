@@ -57,10 +57,11 @@ def device(name: str) -> Device:
 
 
 def peak_tflops(name: str, precision: str) -> float:
-    """Peak of the device that the driver calls `name` at bf16 or fp32. Raises EnvironmentProblem for an unknown one."""
+    """Peak of the device that the driver calls `name` at bf16 or fp32; with fp8 the one at bf16, which most of the step is, so that mfu
+    stays comparable (and can be above 1). Raises EnvironmentProblem for an unknown one."""
     for found in DEVICES.values():
         if re.search(found.pattern, name) and "MIG" not in name:  # a part of a GPU has a part of its peak
-            return found.bf16 if precision == "bf16" else found.fp32
+            return found.fp32 if precision == "fp32" else found.bf16
     raise EnvironmentProblem(
         expected="a GPU whose peak is known, to say what share of it is used (mfu)", found=repr(name),
         fix=f"set watch.peak_tflops to its dense {precision} peak in 1e12 operations per second, from the maker's data sheet",
