@@ -316,6 +316,8 @@ class TrainConfig(StageConfig):
 
     def _check_grpo(self) -> None:
         """Raises ValueError."""
+        if self.precision == "fp8":
+            raise ValueError("expected precision fp32 or bf16 with objective grpo; found fp8, whose products take no single tokens, which answers are written by; set precision: bf16")
         if self.sequences_per_step % self.grpo.generations:
             raise ValueError(
                 f"expected global_batch / seq_length to be a multiple of grpo.generations; found {self.sequences_per_step} sequences and {self.grpo.generations}; "

@@ -66,6 +66,7 @@ def test_published_pretraining_and_sft():
         ({"schedule": [{"start": "1k tokens", "sources": "natural", "over": "1k tokens"}, {"start": "1500 tokens", "sources": "uniform"}]}, "after 1000 \\+ 1000 tokens"),
         ({"schedule": [{"start": "1k tokens", "sources": "natural"}], "objective": "sft"}, "neither schedule nor max_epochs"),
         ({"max_epochs": 0.0}, "greater than 0"),
+        ({"precision": "fp8", "objective": "grpo"}, "precision fp32 or bf16 with objective grpo"),
         ({"precision": "fp4"}, "'fp32', 'bf16' or 'fp8'"),
         ({"precision": "fp8", "inputs": {"shards": "a", "probe": "p"}, "scores": {}}, "precision fp32 or bf16 with scores"),
         ({"layout": {"context": 2}, "inputs": {"shards": "a", "mixture": "m", "probe": "p"}, "scores": {}}, "context: 1 with scores"),
