@@ -99,12 +99,13 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def loss_curve(trained: Trained, points: int) -> Figure | None:
-    """Training loss of one step over its tokens: logged values faint, their moving mean strong."""
-    curve = thin(trained.curve("loss"), points)
+    """Training loss of one step over its tokens (of one trained on rewards: the mean reward): logged values faint, their moving mean strong."""
+    rewarded = trained.objective == "grpo"
+    curve = thin(trained.curve("reward" if rewarded else "loss"), points)
     if len(curve) < 2:
         return None
     x, y = [p[0] for p in curve], [p[1] for p in curve]
-    label = {"distill": "distillation loss (nats/token)"}.get(trained.objective, "loss (nats/token)")
+    label = {"distill": "distillation loss (nats/token)", "grpo": "mean reward"}.get(trained.objective, "loss (nats/token)")
 
     def paint(axes: Axes) -> None:
         window = max(1, len(y) // 20)
@@ -114,7 +115,7 @@ def loss_curve(trained: Trained, points: int) -> Figure | None:
         axes.set_title(trained.step)
         _token_axes(axes, label)
 
-    return draw(f"loss_{trained.step}", f"Training loss of {trained.step}: from {y[0]:.3f} to {y[-1]:.3f}.", (3.6, 2.5), paint)
+    return draw(f"loss_{trained.step}", f"{'Mean reward' if rewarded else 'Training loss'} of {trained.step}: from {y[0]:.3f} to {y[-1]:.3f}.", (3.6, 2.5), paint)
 
 
 def probe_curves(pair: Pair, points: int) -> list[Figure]:

@@ -163,8 +163,8 @@ class GRPO(Objective):
     def record(self) -> dict[str, Any]:
         """See Objective: means over the answers since the last record.
 
-        `grpo` = reward; correct, marked, ended: shares of answers; tied: share of answers whose group earned the same; length (tokens);
-        entropy: nats per token, estimated by -log p of the tokens drawn; kl per token (with a reference); reward by source.
+        `reward`; `grpo` = correct, marked, ended: shares of answers; tied: share of answers whose group earned the same; length (tokens);
+        entropy: nats per token, estimated by -log p of the tokens drawn; kl per token (with a reference); source_reward: reward by source.
         generation_seconds: this process's time per step for writing and judging.
         """
         sums, steps, seconds = self.window["sums"], self.window["steps"], self.window["seconds"]
@@ -172,12 +172,12 @@ class GRPO(Objective):
         if not steps:
             return {}
         answers, tokens = sum(sums["source_tokens"]), sum(sums["length"])
-        shown: dict[str, Any] = {name: sum(sums[name]) / answers for name in (*OF_ANSWERS, "length")}
+        shown: dict[str, Any] = {name: sum(sums[name]) / answers for name in (*OF_ANSWERS[1:], "length")}
         shown["entropy"] = sum(sums["nats"]) / tokens
         if self.reference is not None:
             shown["kl"] = sum(sums["kl"]) / tokens
         shown["source_reward"] = {name: reward / count for name, reward, count in zip(self.names, sums["reward"], sums["source_tokens"]) if count}
-        return {"grpo": shown, "generation_seconds": seconds / steps}
+        return {"reward": sum(sums["reward"]) / answers, "grpo": shown, "generation_seconds": seconds / steps}
 
 
 def answered(prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]], found: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -103,6 +103,7 @@ def test_equals_one_process(runs, alone, name):
             assert mine["group_dro"][part] == pytest.approx(weights, abs=1e-5), part
         assert mine.get("grpo", {}).pop("source_reward", {}) == pytest.approx(theirs.get("grpo", {}).pop("source_reward", {}), abs=1e-6)
         assert mine.get("grpo", {}) == pytest.approx(theirs.get("grpo", {}), abs=1e-6)
+        assert mine.get("reward", 0.0) == pytest.approx(theirs.get("reward", 0.0), abs=1e-6)
         assert mine.get("rankme", 0.0) == pytest.approx(theirs.get("rankme", 0.0), rel=1e-4)
     assert any("grad_norm" in r for r in records)
 

@@ -102,6 +102,17 @@ def test_without_a_comparison_item_by_item_means_are_compared(tmp_path: Path) ->
     assert verdicts(run)["sft_above_base"].status == "ok"
 
 
+def test_rewards_are_judged_where_something_was_trained_on_them(tmp_path: Path, good: dict[str, Verdict]) -> None:
+    assert "rewards_above_start" not in good
+    run = whole_run(tmp_path)
+    run.train("grpo_final", None, "sft", objective="grpo")
+    assert verdicts(run)["rewards_above_start"].status == "absent"
+    run.evaluate("eval_grpo_final", "grpo_final", 0.4, baseline="eval_sft")
+    verdict = verdicts(run)["rewards_above_start"]
+    assert verdict.status == "not ok"
+    assert "grpo_final: 45.0 % against 55.0 %" in verdict.detail
+
+
 def test_one_control_just_outside_its_own_interval_is_expected_among_several(tmp_path: Path) -> None:
     verdict = verdicts(whole_run(tmp_path, control=0.33))["control"]
     assert verdict.status == "ok"

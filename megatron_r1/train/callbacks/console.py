@@ -26,8 +26,7 @@ class Console(Callback):
         """Advance; after a few steps say how long the phase will take."""
         if trainer.step == 0:
             return
-        more = {"mfu": trainer.record["mfu"]} if "mfu" in trainer.record else {"reward": trainer.record["grpo"]["reward"]} if "grpo" in trainer.record else {}
-        trainer.bar.note(loss=trainer.last.loss, lr=trainer.last.lr, **more)
+        trainer.bar.note(loss=trainer.last.loss, lr=trainer.last.lr, **{name: trainer.record[name] for name in ("mfu", "reward") if name in trainer.record})
         trainer.bar.advance(int(trainer.config.global_batch))
         self._steps += 1
         if self._steps > 1:
