@@ -31,7 +31,7 @@ from torch import nn
 from megatron_r1.parallel import device as _device
 from megatron_r1.parallel import tensor_files
 from megatron_r1.parallel.context import ParallelContext
-from megatron_r1.parallel.ddp import unwrap
+from megatron_r1.parallel.ddp import gather_weights, unwrap
 from megatron_r1.parallel.mcore import (
     MegatronOptimizer,
     PlannedSave,
@@ -148,6 +148,7 @@ def begin_save(
     """
     path = Path(path)
     partial = _partial(path)
+    gather_weights(chunks)
     weights, moments = _stored(chunks, optimizer)
     has_main = any(entry.key.startswith("optimizer.main.") for entry in moments)
     kept = {
@@ -296,8 +297,9 @@ def load(path: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer |
         )
     has_main = kept["main_weights"]
     weights, moments = _stored(chunks, optimizer)
-    # fp32 main weights hold more than the bf16 model: read the model from them. And the other way round, where there are none.
-    wanted = [_renamed(entry, f"optimizer.main.{entry.key}") for entry in weights] if has_main else weights
+    # fp32 main weights hold more than the bf16 model: an fp32 model is read from them, and every model of format 1, where weights whose gathering
+    # was overlapped were one update behind. The other way round where there are none.
+    wanted = [_renamed(e, f"optimizer.main.{e.key}") if has_main and (e.dtype == torch.float32 or kept["format"] == 1) else e for e in weights]
     wanted += [entry if has_main else _renamed(entry, entry.key.removeprefix("optimizer.main.")) for entry in moments]
     ctx.everywhere(lambda: tensor_files.read(path / _WEIGHTS, wanted))
     if optimizer is not None:

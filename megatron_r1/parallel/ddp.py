@@ -61,6 +61,16 @@ def unwrap(chunk: nn.Module) -> nn.Module:
     return chunk
 
 
+def gather_weights(chunks: Sequence[nn.Module]) -> None:
+    """Bring every process's copy of the weights up to date, before they are read outside of a forward pass. Collective.
+
+    With overlap a distributed optimizer's update reaches the other processes only in the next forward pass.
+    """
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
 def owned(chunks: Sequence[nn.Module], ctx: ParallelContext) -> set[int]:
     """id() of the parameters that count as this process', so that every number of a model copy's weights counts exactly once.
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from megatron_r1.parallel.config import LayoutConfig, Precision
 from megatron_r1.parallel.context import ParallelContext
+from megatron_r1.parallel.ddp import gather_weights, owned
 from megatron_r1.parallel.mcore import (
     DistributedOptimizer,
     MegatronOptimizer,
@@ -116,11 +117,11 @@ def set_adam_step(optimizer: MegatronOptimizer, value: int) -> None:
 @torch.no_grad()
 def parameter_norm(chunks: Sequence[nn.Module], ctx: ParallelContext) -> float:
     """Euclidean norm of all weights of the model, each counted once, on every rank. Collective."""
+    gather_weights(chunks)
     total = torch.zeros((), dtype=torch.float64, device=ctx.device)
-    for parameter in (p for chunk in chunks for p in chunk.parameters()):
-        # Copies: the head of another stage's embedding, and what tensor-parallel ranks hold whole.
-        if not getattr(parameter, "shared", False) and (getattr(parameter, "tensor_model_parallel", False) or ctx.tensor_rank == 0):
-            total += torch.linalg.vector_norm(parameter, dtype=torch.float32).double() ** 2
+    counted = owned(chunks, ctx)
+    for parameter in (p for chunk in chunks for p in chunk.parameters() if id(p) in counted):
+        total += torch.linalg.vector_norm(parameter, dtype=torch.float32).double() ** 2
     return float(ctx.all_reduce_sum(total, over="model").sqrt())
 
 

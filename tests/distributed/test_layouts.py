@@ -43,6 +43,8 @@ CASES: dict[str, dict[str, Any]] = {
 RESUME: dict[str, dict[str, Any]] = {
     "sharded": {"layout": SHARDED},
     "sharded bf16": {"layout": SHARDED, "options": {"precision": "bf16"}},
+    "sharded, overlap": {"layout": {**SHARDED, "overlap": True}},
+    "sharded, overlap, bf16": {"layout": {**SHARDED, "overlap": True}, "options": {"precision": "bf16"}},
     "pipeline": {"layout": PIPELINE},
     "context, sharded bf16": {"layout": {**CONTEXT, **SHARDED}, "options": {"precision": "bf16"}},
 }

@@ -96,7 +96,8 @@ def test_equals_one_process(runs, alone, name):
     assert [r["step"] for r in found["metrics"]] == [r["step"] for r in records]
     for mine, theirs in zip(found["metrics"], records):
         assert mine.get("loss", 0.0) == pytest.approx(theirs.get("loss", 0.0), abs=1e-5)
-        assert mine.get("grad_norm", 0.0) == pytest.approx(theirs.get("grad_norm", 0.0), rel=1e-5)
+        for name in ("grad_norm", "parameter_norm"):
+            assert mine.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=1e-5), name
         for group in ("source_loss", "validation", "bits_per_byte"):
             assert mine.get(group, {}) == pytest.approx(theirs.get(group, {}), abs=1e-5), group
         for part, weights in theirs.get("group_dro", {}).items():
