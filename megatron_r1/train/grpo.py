@@ -34,7 +34,7 @@ from megatron_r1.data.chat import stop_ids
 from megatron_r1.model.forward import token_losses
 from megatron_r1.model.generate import decoder_of, generate
 from megatron_r1.parallel.context import ParallelContext
-from megatron_r1.parallel.ddp import unwrap
+from megatron_r1.parallel.ddp import gather_weights, unwrap
 from megatron_r1.parallel.schedule import LossFunction
 from megatron_r1.train.config import TrainConfig
 from megatron_r1.train.objectives import Arrays, Objective, Tensors, to_tensors
@@ -68,6 +68,7 @@ class GRPO(Objective):
         began = time.perf_counter()
         numbers = [int(batch["first_sample"]) + row for batch in batches for row in range(len(batch["tokens"]))]
         prompts = [ids[: int((segments >= 0).sum())].tolist() for batch in batches for ids, segments in zip(batch["tokens"], batch["segment_ids"])]
+        gather_weights(chunks)
         written = generate(
             decoder_of(unwrap(chunks[0])), prompts, self.config.max_new_tokens, self.stops, greedy=False, seed=self.seed, numbers=numbers, keep_stop=True,
             batch_size=self.config.batch_size,
