@@ -211,7 +211,11 @@ def _train(recipe: Recipe, step: str) -> dict[str, Any]:
     steps = config.steps()
     if isinstance(config.budget, Epochs):
         used = [pool.get(name) for name in (split or pool)]
-        if used and all(used):
+        if config.objective == "grpo":
+            rows = _expected_rows(recipe, config.inputs.shards)
+            most = f", at most {config.steps(rows * config.grpo.generations)}" if rows else ""
+            notes.append(f"steps known when {config.inputs.shards} is read: {config.budget} of the questions whose answer can be checked{most}")
+        elif used and all(used):
             steps = config.steps(sum(tokens or 0 for tokens in used) // length)
             notes.append("steps from the expected tokens; exact after packing")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -22,6 +23,9 @@ def test_the_published_ablation(tmp_path: Any) -> None:
         config = steps[name]
         assert (config.objective, str(config.budget), config.lr.peak, config.inputs.checkpoint) == ("grpo", "100 steps", 3e-6, start)
         assert (config.sequences_per_step // config.grpo.generations, config.grpo.generations, config.grpo.kl_weight) == (32, 8, 0.0)
+    whole = derive(load_recipe(str(path), ["steps.grpo_base.budget=1 epochs"]))
+    # Every question of the 99.9 % that are not held out, 32 a step.
+    assert any(f"at most {math.ceil(round(72441 * 0.999) / 32)}" in note for plan in whole if plan.step == "grpo_base" for note in plan.notes)
     assert [steps[name].grpo.max_new_tokens for name in ("grpo_base", "grpo_final")] == [1024, 4096]
     assert all(steps["sft_format"].plain()[key] == steps["sft_general"].plain()[key] for key in ("lr", "optimizer", "global_batch", "seq_length", "sft", "layout", "precision"))
 
