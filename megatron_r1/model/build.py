@@ -24,6 +24,7 @@ from megatron_r1.parallel.mcore import (
     TransformerConfig,
     gather_from_sequence_parallel_region,
     p2p_settings,
+    process_groups,
     quietly,
     tensor_parallel,
 )
@@ -97,8 +98,8 @@ class R1Model(GPTModel):
 
     @property
     def vocabulary(self) -> VocabShard:
-        """This rank's piece of the vocabulary."""
-        return vocab_shard(self.vocab_size)
+        """What this rank's embedding and head have of the vocabulary."""
+        return vocab_shard(self.vocab_size) if self.config.tensor_model_parallel_size > 1 else VocabShard(0, self.vocab_size, 1)
 
 
 def build_model(
@@ -113,14 +114,14 @@ def build_model(
     ctx.layout.check_model(config)
     if precision == "fp8":
         device.require_fp8(ctx.device)
-    core = transformer_config(config, ctx, precision, recompute)
+    core, groups = transformer_config(config, ctx, precision, recompute), process_groups(ctx.layout.tensor)
     stages = ctx.layout.virtual_pipeline
     chunks = []
     for index in range(stages or 1):
         vp_stage = index if stages else None
         model = R1Model(
             config=core,
-            transformer_layer_spec=block_spec(core, vp_stage),
+            transformer_layer_spec=block_spec(core, vp_stage, groups.tp),
             vocab_size=config.vocab_size,
             max_sequence_length=config.max_positions,
             pre_process=ctx.is_first_stage and index == 0,
@@ -128,6 +129,7 @@ def build_model(
             share_embeddings_and_output_weights=config.tied_embeddings,
             position_embedding_type="none",  # RoPE is part of our attention
             rotary_base=config.rope_theta,
+            pg_collection=groups,
             vp_stage=vp_stage,
         )
         _initialise(model, config, ctx, seed)

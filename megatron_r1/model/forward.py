@@ -5,8 +5,7 @@ Legend: b rows, s tokens, d hidden size, V vocabulary, p tensor-parallel degree,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +13,11 @@ from torch import Tensor, nn
 from megatron_r1.model.build import R1Model
 from megatron_r1.model.loss import topk_rows
 from megatron_r1.ops.linear_loss import HeadScores, linear_loss
-from megatron_r1.ops.row_losses import CrossEntropyRows, DistillRows, MixedRows, RowLoss
-from megatron_r1.parallel.context import ParallelContext
+from megatron_r1.ops.row_losses import CrossEntropyRows, DistillRows, MixedRows, RowLoss, TeacherLogits
 from megatron_r1.parallel.ddp import unwrap
-from megatron_r1.parallel.schedule import forward_backward
 from megatron_r1.parallel.sequence import context_piece
-from megatron_r1.utils.errors import DataError, ParallelError
+from megatron_r1.parallel.vocab import vocab_shard
+from megatron_r1.utils.errors import ParallelError
 
 Model = nn.Module | Sequence[nn.Module]
 Batch = Mapping[str, Tensor]
@@ -37,26 +35,28 @@ def token_losses(model: Model, batch: Batch, scores: HeadScores | None = None) -
     return _losses(model, batch, lambda chunk, labels: CrossEntropyRows(labels, chunk.vocabulary), scores)
 
 
-def distill_losses(model: Model, teacher: Model, batch: Batch, temperature: float = 1.0, hard_weight: float = 0.0) -> Tensor:
-    """`loss.distill_kl` from a teacher model at every position, mixed with `hard_weight` times cross-entropy: fp32 [b, s].
+def position_logits(model: Model, batch: Batch) -> TeacherLogits:
+    """A frozen forward pass. What it returns gives the logits of positions a to b (of this process's, over s first, then b) in this
+    rank's piece of the vocabulary: [b - a, V/p], made when asked for. The model must not be pipelined (ParallelError)."""
+    chunk = _unpipelined(model)
+    bare = unwrap(chunk)
+    with torch.no_grad():
+        states = _flat(bare.whole_sequence(chunk(batch["tokens"], batch.get("segment_ids"))))
+        weight, piece = bare.head_weight().detach(), vocab_shard(bare.vocab_size)
+        if bare.vocabulary.whole:
+            weight = weight[piece.start : piece.end]
+    return lambda a, b: torch.mm(states[a:b], weight.t())
 
-    As `token_losses`, and neither the student's nor the teacher's logits ever exist as a whole. The teacher must have been
-    built under the same layout, without a pipeline (ParallelError): there, take `pipelined_logits` of the teacher first and
-    `loss.distill_kl` on the student's `sharded_logits`. Raises DataError when the vocabularies differ.
+
+def distill_losses(model: Model, teacher: TeacherLogits, batch: Batch, temperature: float = 1.0, hard_weight: float = 0.0) -> Tensor:
+    """`loss.distill_kl` from a teacher at every position, mixed with `hard_weight` times cross-entropy: fp32 [b, s].
+
+    As `token_losses`, and neither the student's nor the teacher's logits ever exist as a whole. `teacher`: as `position_logits`
+    returns it; last pipeline stage only. Raises DataError when the vocabularies differ.
     """
-    teaching = _unpipelined(teacher)
-    if unwrap(teaching).vocab_size != unwrap(_chunk(model)).vocab_size:
-        raise DataError(
-            expected=f"a teacher with the student's vocabulary of {unwrap(_chunk(model)).vocab_size}",
-            found=f"{unwrap(teaching).vocab_size}",
-            fix="distil from a teacher trained with the same tokenizer",
-        )
 
     def rows(chunk: R1Model, labels: Tensor) -> RowLoss:
-        with torch.no_grad():
-            states = _flat(unwrap(teaching).whole_sequence(teaching(batch["tokens"], batch.get("segment_ids"))))
-            weight = unwrap(teaching).head_weight().detach()
-        soft = DistillRows(lambda a, b: torch.mm(states[a:b], weight.t()), float(temperature), chunk.vocabulary)
+        soft = DistillRows(teacher, float(temperature), chunk.vocabulary)
         return MixedRows(CrossEntropyRows(labels, chunk.vocabulary), soft, hard_weight) if hard_weight else soft
 
     return _losses(model, batch, rows)
@@ -73,29 +73,6 @@ def distill_topk_losses(
         return MixedRows(CrossEntropyRows(labels, chunk.vocabulary), soft, hard_weight) if hard_weight else soft
 
     return _losses(model, batch, rows)
-
-
-def sharded_logits(model: Model, batch: Batch) -> Tensor:
-    """Logits of this rank's piece of the vocabulary [b, s, V/p]; on a stage that is not the last its activations [s, b, d].
-
-    Raises ParallelError under context parallelism."""
-    _uncut("logits")
-    return _chunk(model)(batch["tokens"], batch.get("segment_ids"), _logits_head)
-
-
-def pipelined_logits(ctx: ParallelContext, chunks: Sequence[nn.Module], batches: Sequence[Batch]) -> list[Tensor]:
-    """`sharded_logits` of several equally shaped micro-batches under any layout, without gradients. Collective.
-
-    Complete on the last stage, an empty list on the others: what a teacher contributes when student and teacher are pipelined.
-    """
-
-    def step(stream: Iterator[Batch], chunk: nn.Module) -> Any:
-        zero = torch.zeros((), device=ctx.device)
-        return sharded_logits(chunk, next(stream)), lambda out: (zero, zero.int(), {"logits": out})
-
-    rows, length = batches[0]["tokens"].shape
-    reports = forward_backward(ctx, chunks, step, iter(batches), len(batches), length, rows, forward_only=True)
-    return [report["logits"] for report in reports]
 
 
 def logits(model: Model, tokens: Tensor, segment_ids: Tensor | None = None) -> Tensor:

@@ -74,12 +74,5 @@ def topk_rows(indices: Tensor, teacher_logprobs: Tensor, temperature: float, sha
     return DistillTopKRows(indices.flatten(0, -2).long(), teacher_logprobs.detach().flatten(0, -2), float(temperature), shard, vocab_size)
 
 
-def mix(hard: Tensor, soft: Tensor, hard_weight: float) -> Tensor:
-    """hard_weight * hard + (1 - hard_weight) * soft, elementwise. MobileLLM-R1's mid-training has hard_weight 0."""
-    if hard_weight == 0.0:
-        return soft
-    return hard_weight * hard + (1.0 - hard_weight) * soft
-
-
 def _whole(logits: Tensor) -> VocabShard:
     return VocabShard(0, logits.shape[-1], 1)

@@ -76,9 +76,9 @@ class FusedSelfAttention(SelfAttention):
 class SwiGLUMLP(MLP):
     """Gate and up projection in one matrix, SwiGLU, down projection."""
 
-    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, pg_collection: Any = None, **_: Any) -> None:
-        # Newer megatron-core hands every layer all process groups and what it knows of its place; MLP takes one group.
-        super().__init__(config, submodules, tp_group=None if pg_collection is None else pg_collection.tp)
+    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, tensor_group: Any, **_: Any) -> None:
+        # Older megatron-core hands process groups to its own MLP only, newer ones all of them and more: the specification brings ours.
+        super().__init__(config, submodules, tp_group=tensor_group)
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, d] -> [s, b, d], and no bias."""
@@ -86,8 +86,9 @@ class SwiGLUMLP(MLP):
         return self.linear_fc2(swiglu(gate_up))
 
 
-def layer_spec(column: type = ColumnParallelLinear, row: type = RowParallelLinear) -> ModuleSpec:
-    """One decoder layer: norm, attention, residual, norm, SwiGLU, residual. No biases. `column`, `row`: the linear layers."""
+def layer_spec(tensor_group: Any, column: type = ColumnParallelLinear, row: type = RowParallelLinear) -> ModuleSpec:
+    """One decoder layer: norm, attention, residual, norm, SwiGLU, residual. No biases. `tensor_group`: processes its matrices are cut
+    over; `column`, `row`: the linear layers."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -101,7 +102,9 @@ def layer_spec(column: type = ColumnParallelLinear, row: type = RowParallelLinea
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=SwiGLUMLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(
+                module=SwiGLUMLP, params={"tensor_group": tensor_group}, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)
+            ),
             mlp_bda=get_bias_dropout_add,
             # The names Transformer Engine's fused norm-and-linear modules use in checkpoints: both kinds can be exchanged.
             sharded_state_dict_keys_map={
@@ -112,8 +115,8 @@ def layer_spec(column: type = ColumnParallelLinear, row: type = RowParallelLinea
     )
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, vp_stage: int | None, tensor_group: Any) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage (and interleaved chunk) and the final norm. Raises EnvironmentProblem for FP8 without Transformer Engine."""
-    spec = layer_spec(*transformer_engine_linears()) if config.fp8 else layer_spec()
+    spec = layer_spec(tensor_group, *transformer_engine_linears()) if config.fp8 else layer_spec(tensor_group)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)

@@ -32,8 +32,8 @@ _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 _FEWEST_ROWS = 128
 
 
-def _chunks(n: int, row: Tensor) -> Iterator[tuple[int, int]]:
-    """Bounds of chunks of n positions, whose logits are each like `row`."""
+def chunks(n: int, row: Tensor) -> Iterator[tuple[int, int]]:
+    """Bounds of chunks of n positions, whose logits are each like `row`: as many as are held at a time."""
     step = max(_CHUNK_BYTES.get(row.device.type, 64 << 20) // (row.element_size() * row.numel()), _FEWEST_ROWS)
     return ((a, min(a + step, n)) for a in range(0, n, step))
 
@@ -41,7 +41,7 @@ def _chunks(n: int, row: Tensor) -> Iterator[tuple[int, int]]:
 def _logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """(a, b, logits of positions a to b), all in the same memory."""
     room = weight.new_empty(0)
-    for a, b in _chunks(hidden.shape[0], weight[:, 0]):
+    for a, b in chunks(hidden.shape[0], weight[:, 0]):
         room = room if room.numel() else weight.new_empty(b - a, weight.shape[0])
         yield a, b, torch.mm(hidden[a:b], weight.t(), out=room[: b - a])
 
@@ -290,7 +290,7 @@ class _LogitsLoss(torch.autograd.Function):
         dz = logits.clone(memory_format=torch.contiguous_format)
         flat, shares = dz.view(-1, dz.shape[-1]), grad.to(wide_dtype(dz.dtype)).reshape(-1)
         if flat.numel():
-            for a, b in _chunks(flat.shape[0], flat[0]):
+            for a, b in chunks(flat.shape[0], flat[0]):
                 ctx.rows(flat[a:b], a, b, shares[a:b])
         return dz, None
 
@@ -299,7 +299,7 @@ def _losses_of(logits: Tensor, rows: RowLoss) -> Tensor:
     flat = logits.flatten(0, -2)
     result = flat.new_empty(flat.shape[0], dtype=wide_dtype(flat.dtype))
     if flat.numel():
-        for a, b in _chunks(flat.shape[0], flat[0]):
+        for a, b in chunks(flat.shape[0], flat[0]):
             result[a:b] = rows(flat[a:b].clone(memory_format=torch.contiguous_format), a, b)
     return result.view(logits.shape[:-1])
 

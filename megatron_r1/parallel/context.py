@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -134,6 +134,13 @@ class ParallelContext:
         if self.layout.pipeline > 1:
             dist.broadcast(values, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=self.group("pipeline"))
         return values
+
+    def unpipelined(self, whole_matrices: bool = False) -> ParallelContext:
+        """This process's place in another model beside the trained one, a teacher: whole along the pipeline in every process, its matrices
+        cut over the same processes or, with `whole_matrices`, not at all."""
+        tensor, sequence_parallel = (1, False) if whole_matrices else (self.layout.tensor, self.layout.sequence_parallel)
+        layout = self.layout.model_copy(update={"tensor": tensor, "pipeline": 1, "virtual_pipeline": None, "sequence_parallel": sequence_parallel})
+        return replace(self, layout=layout, pipeline_rank=0, tensor_rank=0 if whole_matrices else self.tensor_rank)
 
     def barrier(self) -> None:
         """Wait for every process."""

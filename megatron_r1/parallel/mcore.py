@@ -72,6 +72,7 @@ with quietly():
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import (
         ColumnParallelLinear,
         RowParallelLinear,
@@ -147,6 +148,18 @@ def check_p2p(config: TransformerConfig) -> None:
             found="batch_p2p_comm: true, which pairs the wrong messages and gives wrong losses without an error",
             fix="build the model with megatron_r1.model.build, which chooses the right exchange",
         )
+
+
+def process_groups(tensor: int) -> ProcessGroupCollection:
+    """The groups of the present layout, or with `tensor` 1, whatever the layout, of a model whose matrices every process has whole.
+
+    Collective over all processes when the layout's tensor degree is another.
+    """
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if tensor != parallel_state.get_tensor_model_parallel_world_size():
+        assert tensor == 1
+        groups.tp, _ = torch.distributed.new_subgroups(group_size=1)
+    return groups
 
 
 def inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -253,6 +266,7 @@ __all__ = [
     "nested_values",
     "p2p_settings",
     "parallel_state",
+    "process_groups",
     "quietly",
     "reduce_from_tensor_model_parallel_region",
     "tensor_parallel",

@@ -25,8 +25,8 @@ from megatron_r1.utils.logging import human
 FP32, FLOAT64 = 4, 8
 BYTES_PER_TRAINED_PARAMETER = 3 * FP32
 """A checkpoint holds the fp32 weights and Adam's two fp32 moments."""
-TOP_K_BYTES = 2 + 4
-"""One cached teacher entry: float16 log-probability and int32 token."""
+TOP_K_BYTES = 4 + 4
+"""One cached teacher entry: float32 log-probability and int32 token."""
 SMALL_VOCABULARY = 65500
 """Megatron's rule for `.bin` files: below this, tokens are stored in 2 bytes, otherwise in 4."""
 

@@ -40,8 +40,8 @@ class Shape:
     device: Literal["cpu", "gpu"] = "gpu"
     teacher: ModelConfig | None = None
     teacher_precision: Literal["fp32", "bf16"] = "bf16"
-    whole_logits: bool = False
-    """Distillation from a live Hugging Face teacher: both models' logits exist as a whole (train/objectives.py)."""
+    foreign_teacher: bool = False
+    """It comes from Hugging Face: whole in every process that sees the loss, and run on whole sequences (train/teacher.py)."""
 
     @property
     def tokens(self) -> int:
@@ -175,15 +175,10 @@ def stage_memory(shape: Shape, stage: int) -> StageMemory:
     if last:
         # What the final norm and the head keep; under sequence parallelism the norm's output is there beside the whole sequences.
         states = stream + shape.tokens * model.hidden_size * e + (gathered(shape) + stream if layout.sequence_parallel else 0)
-        if shape.whole_logits:
-            logits = shape.tokens * vocabulary
-            moments["loss"] = states + logits * (2 * e + FP32) + teaching
-            chunk = logits * e
-        else:
-            # The head's gradients are made with the losses: of the states, and of the matrix in fp32. In half precision a chunk's product is
-            # made before it is added; torch widens it first on a CPU.
-            product = matrix * (e + (FP32 if shape.device == "cpu" else 0)) if e < FP32 else 0
-            moments["loss"] = states + shape.tokens * model.hidden_size * e + matrix * FP32 + product + chunk + teaching
+        # The head's gradients are made with the losses: of the states, and of the matrix in fp32. In half precision a chunk's product is
+        # made before it is added; torch widens it first on a CPU.
+        product = matrix * (e + (FP32 if shape.device == "cpu" else 0)) if e < FP32 else 0
+        moments["loss"] = states + shape.tokens * model.hidden_size * e + matrix * FP32 + product + chunk + teaching
     if first:
         moments["the embedding's gradient"] = waiting + matrix * e + 2 * stream - per_layer * in_flight
     return StageMemory(
@@ -192,15 +187,17 @@ def stage_memory(shape: Shape, stage: int) -> StageMemory:
 
 
 def _teacher(shape: Shape) -> tuple[int, int]:
-    """(weights, what its forward pass holds) of a live teacher. A trained one is cut like the student, another one is whole."""
-    teacher = shape.teacher
+    """(weights, what is there of its answer beside the student's loss) of a live teacher."""
+    teacher, layout = shape.teacher, shape.layout
     if teacher is None:
         return 0, 0
-    e, cut = BYTES[shape.teacher_precision], 1 if shape.whole_logits else shape.layout.tensor
-    # Its states (and the wider ones of its feed-forward block are gone when the loss begins); the mask of a Hugging Face teacher.
-    mask = shape.micro_batch * shape.seq_length**2 * (e + 1) if shape.whole_logits else 0
-    logits = shape.tokens * teacher.vocab_size * e if shape.whole_logits else LOSS_CHUNK[shape.device]
-    return teacher.parameters() * e // cut, mask + logits + shape.tokens * teacher.hidden_size * e
+    e, cut = BYTES[shape.teacher_precision], 1
+    if not shape.foreign_teacher and not any(size % layout.tensor for size in (teacher.num_heads, teacher.num_kv_heads, teacher.ffn_size, teacher.hidden_size)):
+        cut = layout.tensor  # like the student
+    tokens = shape.micro_batch * shape.seq_length if shape.foreign_teacher else shape.tokens
+    vocabulary = shape.model.vocab_size // layout.tensor
+    rows = min(max(LOSS_CHUNK[shape.device] // (BYTES[shape.precision] * vocabulary), FEWEST_ROWS), shape.tokens)
+    return teacher.parameters() * e // cut, rows * vocabulary * e + tokens * teacher.hidden_size * e
 
 
 def largest(shape: Shape) -> StageMemory:

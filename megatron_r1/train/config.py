@@ -268,10 +268,8 @@ class TrainConfig(StageConfig):
                 f"expected global_batch to be a multiple of seq_length; found {int(self.global_batch)} and {int(self.seq_length)} tokens; "
                 f"use {int(self.seq_length) * max(1, round(self.global_batch / self.seq_length))} tokens"
             )
-        if self.layout.context > 1:
-            asked = {"scores": self.scores, "distill.teacher": self.distill.teacher, "distill.cache_top_k": self.distill.cache_top_k}
-            for name in (name for name, value in asked.items() if value is not None):
-                raise ValueError(f"layout: expected context: 1 with {name}, which needs whole sequences; found context: {self.layout.context}; use tensor, pipeline or data parallelism")
+        if self.layout.context > 1 and self.scores is not None:
+            raise ValueError(f"layout: expected context: 1 with scores, which need whole sequences; found context: {self.layout.context}; use tensor, pipeline or data parallelism")
         if self.inputs.checkpoint is None and self.model is None:
             raise ValueError("expected a model or inputs.checkpoint; found neither; name a preset (model: tiny) or the train step to start from")
         if self.inputs.checkpoint is not None and self.model is not None:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_r1.model.forward import distill_losses, distill_topk_losses, mask_here, sharded_logits, token_losses
-from megatron_r1.model.loss import distill_kl, masked_sum, mix
+from megatron_r1.model.forward import distill_losses, distill_topk_losses, mask_here, token_losses
+from megatron_r1.model.loss import masked_sum
 from megatron_r1.parallel.ddp import unwrap
 from megatron_r1.parallel.schedule import LossFunction
 from megatron_r1.train.config import DistillConfig
-from megatron_r1.train.teacher import Teacher, TrainedTeacher, documents_apart
+from megatron_r1.train.teacher import Teacher, documents_apart
 from megatron_r1.train.topk_cache import TopKCache
 
 TENSORS = ("tokens", "labels", "loss_mask", "segment_ids", "position_ids", "source_ids")
@@ -102,8 +102,8 @@ class Objective:
 class Distill(Objective):
     """kd_weight * T^2 * KL(teacher || student at T) + (1 - kd_weight) * next-token loss; kd_weight 1, T 1 as published.
 
-    The reported loss is this mixture; the next-token loss is what validation shows. Three ways to the same numbers: a live
-    trained teacher (neither model's logits ever exist as a whole), any other live teacher, and a cache of its top k.
+    The reported loss is this mixture; the next-token loss is what validation shows. Two ways to the same numbers: a live teacher,
+    and a cache of its top k. Neither model's logits ever exist as a whole.
     """
 
     def __init__(
@@ -115,20 +115,13 @@ class Distill(Objective):
         self.teacher, self.cache, self.reset_documents = teacher, cache, reset_documents
 
     def output(self, chunk: nn.Module, batch: Tensors, arrays: Arrays) -> Tensor:
-        """Losses [b, s], or logits of this rank's piece of the vocabulary [b, s, V/p] for a teacher we do not know from inside."""
+        """See Objective."""
+        if not unwrap(chunk).post_process:
+            return token_losses(chunk, batch)
         if self.cache is not None:
             logprobs, indices = self.cache.read(int(arrays["first_sample"]), len(batch["tokens"]))
             return distill_topk_losses(chunk, indices.to(self.device), logprobs.to(self.device), batch, self.temperature, self.hard_weight)
-        if isinstance(self.teacher, TrainedTeacher):
-            return distill_losses(chunk, self.teacher.chunks, batch, self.temperature, self.hard_weight)
-        return sharded_logits(chunk, batch)
-
-    def losses(self, output: Tensor, chunk: nn.Module, batch: Tensors) -> Tensor:
-        """See Objective."""
-        if self.cache is not None or isinstance(self.teacher, TrainedTeacher):
-            return output
-        assert self.teacher is not None
-        shard = unwrap(chunk).vocabulary
+        assert self.teacher is not None  # every stage that sees a loss has one
         apart = documents_apart(self.reset_documents, batch["segment_ids"])
-        soft = distill_kl(output, self.teacher.logits(batch["tokens"], apart, batch["position_ids"], shard), self.temperature, shard)
-        return mix(shard.cross_entropy(output, batch["labels"]), soft, self.hard_weight) if self.hard_weight else soft
+        taught = self.teacher.logits(batch["tokens"], apart, unwrap(chunk).vocabulary)
+        return distill_losses(chunk, taught, batch, self.temperature, self.hard_weight)

@@ -24,6 +24,7 @@ from megatron_r1.artifacts.checkpoint import (
 )
 from megatron_r1.artifacts.probe import load_probe
 from megatron_r1.artifacts.training_scores import ScoresReader
+from megatron_r1.data.dataset import SftDataset
 from megatron_r1.data.shards import ShardSet
 from megatron_r1.model.build import build_model
 from megatron_r1.model.config import ModelConfig
@@ -171,8 +172,8 @@ def make_objective(
     reference = None
     if config.inputs.reference is not None:
         assert artifact is not None
-        reference = teachers.open_teacher(DistillConfig(), artifact, shards, model.vocab_size, ctx, config.precision, "reference model")
-        assert isinstance(reference, teachers.TrainedTeacher)
+        reference = teachers.open_teacher(DistillConfig(), artifact, shards, model.vocab_size, int(config.seq_length), ctx, config.precision, "reference model")
+        assert reference is None or isinstance(reference, teachers.TrainedTeacher)
     if config.objective == "grpo":
         return GRPO(config, ctx, data.sources, shards.tokenizer, reference)
     if config.objective == "group_dro":
@@ -181,12 +182,11 @@ def make_objective(
     if config.objective != "distill":
         return Objective(len(data.sources), ctx.device)
 
-    def open_teacher() -> teachers.Teacher:
-        return teachers.open_teacher(config.distill, artifact, shards, model.vocab_size, ctx, config.precision)
+    def open_teacher() -> teachers.Teacher | None:
+        return teachers.open_teacher(config.distill, artifact, shards, model.vocab_size, int(config.seq_length), ctx, config.precision)
 
     if config.distill.cache_top_k is None:
-        teacher = open_teacher() if ctx.is_last_stage else None
-        return Distill(len(data.sources), ctx.device, config.distill, teacher=teacher, reset_documents=config.reset_documents)
+        return Distill(len(data.sources), ctx.device, config.distill, teacher=open_teacher(), reset_documents=config.reset_documents)
     length, top_k = int(config.seq_length), min(config.distill.cache_top_k, model.vocab_size)
     identity = {
         "fingerprint": work.fingerprint, "teacher": teachers.identity(config.distill, artifact, config.precision), "temperature": config.distill.temperature,
@@ -322,11 +322,13 @@ def summary(trainer: Trainer, model: ModelConfig, folder: Path) -> dict[str, Any
     """The manifest's small figures."""
     records = io.read_jsonl(folder / METRICS_FILE)
     last = records[-1] if records else {}
+    dataset = trainer.data.dataset
+    left_out = {"conversations_cut": dataset.truncated, "conversations_without_target": dataset.without_target} if isinstance(dataset, SftDataset) else {}
     return {
         "parameters": model.parameters(), "steps": trainer.total, "tokens": trainer.tokens, "loss": last.get("loss"), "validation": last.get("validation"),
         "bits_per_byte": last.get("bits_per_byte"), "rankme": last.get("rankme"), "training_seconds": round(trainer.seconds, 1),
         "tokens_per_second": round(trainer.tokens / max(trainer.seconds, 1e-9), 1), "skipped_steps": len(trainer.guard.skipped),
-        "epochs": trainer.data.epochs(trainer.total * trainer.config.sequences_per_step), "peak_memory_bytes": peak_memory_bytes(),
+        "epochs": trainer.data.epochs(trainer.total * trainer.config.sequences_per_step), "peak_memory_bytes": peak_memory_bytes(), **left_out,
     }
 
 

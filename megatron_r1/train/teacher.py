@@ -1,7 +1,10 @@
 """Teachers of the distill objective: a train artifact, a Hugging Face folder, or the GGUF a Python package ships.
 
-A Hugging Face teacher is whole on every rank that sees the loss; a trained one is cut along the vocabulary like the student.
-Legend: b rows, s tokens, v columns of the vocabulary shard of this rank (all of it without tensor parallelism).
+A teacher answers on the last pipeline stage and has no stages itself, so neither its layout nor the student's matters to the other. A
+trained one is cut over the student's tensor-parallel processes where its sizes allow it; any other one is whole in each of them. All
+of them run alike: a forward pass up to the last hidden states, then logits of a few positions at a time.
+
+Legend: b rows, s tokens, n positions of this process (over s first, then b), v columns of this rank's piece of the vocabulary, k entries kept.
 """
 
 from __future__ import annotations
@@ -16,67 +19,72 @@ from megatron_r1.artifacts.checkpoint import CheckpointSet
 from megatron_r1.data.pretrained import PretrainedConfig, locate
 from megatron_r1.data.pretrained import identity as pretrained_identity
 from megatron_r1.data.shards import ShardSet
-from megatron_r1.model.forward import sharded_logits
+from megatron_r1.model.config import ModelConfig
+from megatron_r1.model.forward import position_logits, positions_here
 from megatron_r1.model.load import load_model
-from megatron_r1.model.pretrained import load_language_model
+from megatron_r1.model.pretrained import HeadApart, load_language_model
+from megatron_r1.ops.linear_loss import chunks
+from megatron_r1.ops.row_losses import TeacherLogits
 from megatron_r1.parallel.context import ParallelContext
+from megatron_r1.parallel.sequence import context_piece
 from megatron_r1.parallel.vocab import VocabShard
 from megatron_r1.train.config import DistillConfig
-from megatron_r1.utils.errors import DataError, ParallelError
+from megatron_r1.utils.errors import ConfigError, DataError, ParallelError
+from megatron_r1.utils.logging import get_logger
 
+log = get_logger("train.teacher")
 SETTING = "distill.teacher"
 # Texts on which a teacher's tokenizer must agree with the shards' before its logits mean anything.
 _SAMPLE_DOCUMENTS, _SAMPLE_TOKENS = 16, 128
 
 
 class Teacher(Protocol):
-    """A frozen model with `vocab_size` columns of logits."""
+    """A frozen model with `vocab_size` columns of logits, for sequences up to `max_positions` (None: it names no limit)."""
 
     vocab_size: int
+    max_positions: int | None
 
-    def logits(self, tokens: Tensor, segment_ids: Tensor | None, position_ids: Tensor, shard: VocabShard) -> Tensor:
-        """tokens int64[b, s] -> fp32 [b, s, v], the columns of `shard`. `segment_ids` [b, s]: documents that may not see
-        each other (None: all one)."""
+    def logits(self, tokens: Tensor, segment_ids: Tensor | None, shard: VocabShard) -> TeacherLogits:
+        """Run it on tokens int64[b, s]. `segment_ids` [b, s]: documents that may not see each other (None: all one).
+
+        The answer gives the logits of positions a to b, the columns of `shard`: [b - a, v], made when asked for."""
         ...
 
 
 class TrainedTeacher:
-    """The final checkpoint of a train artifact."""
+    """The final checkpoint of a train artifact. Collective: every process loads it, those before the last stage let it go again."""
 
     def __init__(self, artifact: Artifact, ctx: ParallelContext, precision: str, role: str = "teacher") -> None:
         checkpoints = CheckpointSet.open(artifact)
-        if ctx.layout.pipeline > 1:
-            raise ParallelError(
-                expected=f"pipeline: 1 with a {role} from a train step (it answers in one pass)", found=f"pipeline: {ctx.layout.pipeline}",
-                fix="use tensor or data parallelism" + (", or export the teacher and name the folder in distill.teacher.hf_folder" if role == "teacher" else ""),
-            )
-        self.chunks = load_model(checkpoints.final, ctx, precision="fp32" if precision == "fp32" else "bf16")
-        self.vocab_size = int(checkpoints.model["vocab_size"])
+        model = ModelConfig.model_validate(checkpoints.model)
+        place = ctx.unpipelined()
+        try:
+            place.layout.check_model(model)
+        except ParallelError as error:
+            place = ctx.unpipelined(whole_matrices=True)
+            log.info("%s %s is whole in every process (%s; found %s): it takes its whole memory and time in each", role, artifact.name, error.expected, error.found)
+        self.chunks = load_model(checkpoints.final, place, precision="fp32" if precision == "fp32" else "bf16")
+        self.vocab_size, self.max_positions = model.vocab_size, model.max_positions
 
-    @torch.no_grad()
-    def logits(self, tokens: Tensor, segment_ids: Tensor | None, position_ids: Tensor, shard: VocabShard) -> Tensor:
+    def logits(self, tokens: Tensor, segment_ids: Tensor | None, shard: VocabShard) -> TeacherLogits:
         """See Teacher."""
-        batch = {"tokens": tokens} if segment_ids is None else {"tokens": tokens, "segment_ids": segment_ids}
-        return sharded_logits(self.chunks, batch).float()
+        return position_logits(self.chunks, {"tokens": tokens} if segment_ids is None else {"tokens": tokens, "segment_ids": segment_ids})
 
 
 class HuggingFaceTeacher:
-    """Any causal language model that transformers can load, on the trainer's device."""
+    """Any causal language model that transformers can load, whole on the trainer's device. Raises EnvironmentProblem for a head of
+    an unknown kind."""
 
     def __init__(self, config: PretrainedConfig, device: torch.device) -> None:
         files = locate(config, SETTING)
-        self.model, self.tokenizer = load_language_model(files.path, files.gguf, config.precision, device)
-        self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
+        model, self.tokenizer = load_language_model(files.path, files.gguf, config.precision, device)
+        self.model = HeadApart(model)
+        self.vocab_size, self.max_positions = self.model.vocab_size, getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-    @torch.no_grad()
-    def logits(self, tokens: Tensor, segment_ids: Tensor | None, position_ids: Tensor, shard: VocabShard) -> Tensor:
-        """See Teacher. Documents are kept apart by a block-causal mask and their own positions."""
-        b, s = tokens.shape
-        mask = torch.ones(s, s, dtype=torch.bool, device=tokens.device).tril().expand(b, 1, s, s)
-        if segment_ids is not None:
-            mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-        bias = torch.zeros(mask.shape, dtype=self.model.dtype, device=tokens.device).masked_fill_(~mask, torch.finfo(self.model.dtype).min)
-        return self.model(input_ids=tokens, attention_mask=bias, position_ids=position_ids, use_cache=False).logits[..., shard.start : shard.end].float()
+    def logits(self, tokens: Tensor, segment_ids: Tensor | None, shard: VocabShard) -> TeacherLogits:
+        """See Teacher. Of sequences that are cut over processes every process runs all, and answers for its own positions."""
+        states = positions_here(self.model.states(tokens, segment_ids)).flatten(0, 1)
+        return lambda a, b: self.model.logits(states[a:b], shard.start, shard.end)
 
     def check_tokenizer(self, shards: ShardSet) -> None:
         """Raise DataError unless the teacher's tokenizer gives the shards' token ids on texts from the shards."""
@@ -112,12 +120,15 @@ def identity(config: DistillConfig, artifact: Artifact | None, precision: str) -
 
 
 def open_teacher(
-    config: DistillConfig, artifact: Artifact | None, shards: ShardSet, vocab_size: int, ctx: ParallelContext, precision: str, role: str = "teacher",
-) -> Teacher:
-    """The teacher of a phase (or another frozen model, `role`), checked against the student's vocabulary and the shards'
-    tokenizer. Raises DataError."""
+    config: DistillConfig, artifact: Artifact | None, shards: ShardSet, vocab_size: int, seq_length: int, ctx: ParallelContext, precision: str,
+    role: str = "teacher",
+) -> Teacher | None:
+    """The teacher of a phase (or another frozen model, `role`), checked against the student's vocabulary, the sequences' length
+    and the shards' tokenizer; none on stages that see no loss. Collective. Raises DataError, ConfigError or EnvironmentProblem."""
     teacher: Teacher
     if config.teacher is not None:
+        if not ctx.is_last_stage:
+            return None
         teacher = HuggingFaceTeacher(config.teacher, ctx.device)
         teacher.check_tokenizer(shards)
     else:
@@ -135,7 +146,12 @@ def open_teacher(
             expected=f"a {role} with the student's {vocab_size} vocabulary entries", found=f"{teacher.vocab_size}",
             fix=f"set the student's vocab_size to the {role}'s, or choose another {role}",
         )
-    return teacher
+    if teacher.max_positions is not None and seq_length > teacher.max_positions:
+        raise ConfigError(
+            expected=f"seq_length up to the {role}'s longest sequence ({teacher.max_positions})", found=f"{seq_length} tokens",
+            fix=f"shorten seq_length, or choose a {role} made for longer ones: beyond its positions its answers mean nothing",
+        )
+    return teacher if ctx.is_last_stage else None
 
 
 def documents_apart(reset_documents: bool, segment_ids: Tensor) -> Tensor | None:
@@ -143,8 +159,24 @@ def documents_apart(reset_documents: bool, segment_ids: Tensor) -> Tensor | None
     return segment_ids if reset_documents else None
 
 
+@torch.no_grad()
 def top_k(teacher: Teacher, batch: dict[str, Tensor], reset_documents: bool, shard: VocabShard, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """The k largest log-probabilities at `temperature` over the student's vocabulary, and their ids: two [b, s, k]."""
-    piece = teacher.logits(batch["tokens"], documents_apart(reset_documents, batch["segment_ids"]), batch["position_ids"], shard)
-    best = torch.log_softmax(shard.gather(piece) / temperature, dim=-1).topk(k, dim=-1)
-    return best.values, best.indices
+    """The k largest log-probabilities at `temperature` over the student's vocabulary, and their ids: two [b, s, k], fp32 descending and int64.
+
+    Some positions at a time: the logits never exist as a whole."""
+    logits = teacher.logits(batch["tokens"], documents_apart(reset_documents, batch["segment_ids"]), shard)
+    here = positions_here(batch["tokens"])
+    values, ids = [], []
+    for a, b in chunks(here.numel(), logits(0, 1)[0].float()):
+        z = logits(a, b).float() / temperature
+        top = shard.max(z.amax(-1, keepdim=True))
+        total = shard.sum((z - top).exp_().sum(-1, keepdim=True))
+        mine = z.topk(min(k, z.shape[-1]), dim=-1)
+        # The k largest of all are among the k largest of every piece.
+        best = shard.gather(mine.values).topk(k, dim=-1)
+        values.append(best.values - top - total.log())
+        ids.append(shard.gather(mine.indices + shard.start).gather(-1, best.indices))
+    piece = context_piece()
+    shaped = [torch.cat(part).view(*here.shape, k) for part in (values, ids)]
+    found = [(part if piece is None else piece.gather(part)).transpose(0, 1) for part in shaped]
+    return found[0], found[1]

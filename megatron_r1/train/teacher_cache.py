@@ -21,7 +21,7 @@ CHUNK_TOKENS = 1 << 15
 """Tokens of one chunk: what an interruption can cost."""
 
 
-def fill(cache: TopKCache, dataset: Dataset, open_teacher: Callable[[], Teacher], config: TrainConfig, shard: VocabShard, ctx: ParallelContext) -> None:
+def fill(cache: TopKCache, dataset: Dataset, open_teacher: Callable[[], Teacher | None], config: TrainConfig, shard: VocabShard, ctx: ParallelContext) -> None:
     """Compute the chunks that are missing or damaged. The teacher is opened only if there are any. Collective.
 
     Chunks are dealt to data-parallel ranks in turn. Raises EnvironmentProblem when the disk has no room.
@@ -34,8 +34,7 @@ def fill(cache: TopKCache, dataset: Dataset, open_teacher: Callable[[], Teacher]
     if not missing:
         return
     require_free_space(cache.folder, cache.nbytes * len(missing) // cache.chunks)
-    # Stages before the last see no logits; they wait.
-    teacher = open_teacher() if ctx.is_last_stage else None
+    teacher = open_teacher()  # none on stages before the last: they wait
     with progress("teacher", sum(len(cache.rows(chunk)) for chunk in missing) * cache.seq_length, enabled=ctx.is_main) as bar:
         for first in range(0, len(missing), ctx.data_size):
             group = missing[first : first + ctx.data_size]
@@ -54,5 +53,5 @@ def _compute(cache: TopKCache, chunk: int, dataset: Dataset, teacher: Teacher, c
         values, ids = top_k(teacher, batch, config.reset_documents, shard, cache.top_k, config.distill.temperature)
         logprobs.append(values.float().cpu())
         indices.append(ids.int().cpu())
-    if ctx.tensor_rank == 0:
+    if ctx.tensor_rank == 0 and ctx.context_rank == 0:
         cache.write(chunk, torch.cat(logprobs), torch.cat(indices))

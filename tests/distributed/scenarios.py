@@ -9,10 +9,11 @@ import torch
 
 from megatron_r1.model.build import build_model
 from megatron_r1.model.config import ModelConfig
-from megatron_r1.model.forward import distill_losses, mask_here, pipelined_logits, sharded_logits, token_losses
-from megatron_r1.model.loss import cross_entropy, distill_kl, distill_topk_kl, masked_sum, mix
+from megatron_r1.model.forward import distill_losses, distill_topk_losses, mask_here, position_logits, token_losses
+from megatron_r1.model.loss import masked_sum
 from megatron_r1.parallel import checkpoint, context, ddp, optimizer, schedule
 from megatron_r1.parallel.config import LayoutConfig
+from megatron_r1.train.teacher import TrainedTeacher, top_k
 
 MODEL = ModelConfig(vocab_size=256, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, ffn_size=192)
 ROWS, LENGTH, MICROBATCHES, STEPS = 2, 32, 4, 4
@@ -44,7 +45,10 @@ class Run:
             self.chunks, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=0.5, layout=layout, precision=precision
         )
         self.objective, self.step_number = objective, 0
-        self.teacher = build_model(self.model, self.ctx, seed=77) if objective != "next" else None
+        if objective != "next":
+            # Its key/value heads can not be cut: under tensor parallelism it is whole in every process ("distill whole").
+            shape = self.model.replace(num_kv_heads=1) if objective == "distill whole" else self.model
+            self.teacher = build_model(shape, self.ctx.unpipelined(whole_matrices=objective == "distill whole"), seed=77)
 
     def forward_step(self, batches: Any, chunk: torch.nn.Module) -> Any:
         """One micro-batch, by the run's objective."""
@@ -52,29 +56,22 @@ class Run:
         mask = mask_here(batch["loss_mask"])
         if self.objective == "next":
             return token_losses(chunk, batch), lambda losses: (*masked_sum(losses, mask), {})
-        shard = ddp.unwrap(chunk).vocabulary
-        if self.objective == "distill chunked":
-            return distill_losses(chunk, self.teacher, batch, 2.0, 0.25), lambda losses: (*masked_sum(losses, mask), {"hard": losses.sum()})
-
-        def loss(student: torch.Tensor) -> Any:
-            teacher = self.taught.pop(0)
-            hard = cross_entropy(student, batch["labels"], shard)
-            if self.objective == "distill":
-                losses = mix(hard, distill_kl(student, teacher, 2.0, shard), 0.25)
-            else:
-                logprobs, indices = torch.log_softmax(shard.gather(teacher), -1).topk(8, dim=-1)
-                losses = distill_topk_kl(student, indices, logprobs, 1.0, shard)
-            return *masked_sum(losses, mask), {"hard": (hard * mask).sum()}
-
-        return sharded_logits(chunk, batch), loss
+        if not ddp.unwrap(chunk).post_process:
+            return token_losses(chunk, batch), None
+        if self.objective == "topk":
+            teacher = TrainedTeacher.__new__(TrainedTeacher)
+            teacher.chunks = self.teacher
+            logprobs, indices = top_k(teacher, batch, True, ddp.unwrap(chunk).vocabulary, 8, 1.0)
+            losses = distill_topk_losses(chunk, indices, logprobs, batch)
+        else:
+            losses = distill_losses(chunk, position_logits(self.teacher, batch), batch, 2.0, 0.25)
+        return losses, lambda losses: (*masked_sum(losses, mask), {"hard": losses.sum()})
 
     def step(self) -> tuple[float, float]:
         """One optimizer step: (loss, gradient norm before clipping)."""
         ctx = self.ctx
         mine = microbatches(self.step_number)[ctx.data_rank :: ctx.data_size]
         optimizer.set_lr(self.optimizer, LEARNING_RATES[self.step_number % len(LEARNING_RATES)])
-        if self.objective in ("distill", "topk"):
-            self.taught = pipelined_logits(ctx, self.teacher, mine)
         reports = schedule.forward_backward(ctx, self.chunks, self.forward_step, iter(mine), len(mine), LENGTH, ROWS)
         sums = schedule.reduce_reports(ctx, reports, names=["hard"] if self.objective != "next" else [])
         result = optimizer.step(self.optimizer)

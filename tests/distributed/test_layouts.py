@@ -23,17 +23,19 @@ CASES: dict[str, dict[str, Any]] = {
     "tensor, sequence": {"layout": SEQUENCE},
     "tensor, sequence, recompute": {"layout": SEQUENCE, "options": {"recompute": True}},
     "tensor, untied": {"layout": TENSOR, "options": {"tied": False}},
-    "tensor, distill": {"layout": TENSOR, "options": {"objective": "distill"}},
-    "tensor, sequence, distill chunked": {"layout": SEQUENCE, "options": {"objective": "distill chunked"}},
+    "tensor, whole teacher": {"layout": TENSOR, "options": {"objective": "distill whole"}},
+    "tensor, sequence, distill": {"layout": SEQUENCE, "options": {"objective": "distill"}},
     "tensor, top k": {"layout": TENSOR, "options": {"objective": "topk"}},
     "pipeline": {"layout": PIPELINE, "validate": True},
     "pipeline, untied": {"layout": PIPELINE, "options": {"tied": False}},
     "pipeline, distill": {"layout": PIPELINE, "options": {"objective": "distill"}},
     "interleaved pipeline": {"layout": {"pipeline": 2, "virtual_pipeline": 2}},
+    "interleaved pipeline, distill": {"layout": {"pipeline": 2, "virtual_pipeline": 2}, "options": {"objective": "distill"}},
     "context": {"layout": CONTEXT, "continue": True, "validate": True},
     "context, recompute, untied": {"layout": CONTEXT, "options": {"recompute": True, "tied": False}},
     "context, sharded optimizer, overlap": {"layout": {**CONTEXT, "distributed_optimizer": True, "overlap": True}},
-    "context, distill chunked": {"layout": CONTEXT, "options": {"objective": "distill chunked"}},
+    "context, distill": {"layout": CONTEXT, "options": {"objective": "distill"}},
+    "context, top k": {"layout": CONTEXT, "options": {"objective": "topk"}},
     "data": {"layout": {}},
     "data, sharded optimizer": {"layout": SHARDED},
     "data, overlap": {"layout": {"overlap": True}},
@@ -55,8 +57,6 @@ def base(name: str) -> dict[str, Any]:
     """The single process's options for a case: the objective and model, not the way of computing them."""
     options = dict((CASES | COMBINED)[name].get("options", {}))
     options.pop("recompute", None)
-    if options.get("objective") == "distill chunked":
-        options["objective"] = "distill"
     return options
 
 
@@ -137,7 +137,7 @@ def test_layout_equals_single_process(name: str, single: dict[str, Any], ranks: 
 def test_the_objectives_differ(single: dict[str, Any]) -> None:
     """Otherwise the comparisons above could all be of one thing."""
     firsts = {tuple(steps[0]) for steps in single["steps"].values()}
-    assert len(firsts) == len(single["steps"]) == 4
+    assert len(firsts) == len(single["steps"]) == 5
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ sys.path.insert(0, str(HERE.parent / "train"))
 sys.path.insert(0, str(HERE))
 
 from launch import launch  # noqa: E402
-from train_toys import REWARDED, make_probe, make_questions, make_shards, settings, train  # noqa: E402
+from train_toys import REWARDED, make_outside_model, make_probe, make_questions, make_shards, settings, train  # noqa: E402
 
 from megatron_r1.artifacts.checkpoint import CheckpointSet  # noqa: E402
 from megatron_r1.artifacts.training_scores import ScoresReader  # noqa: E402
@@ -31,6 +31,8 @@ CHAT = {
     "model": MODEL, "objective": "sft", "sources": {"chat": 1.0}, "seq_length": "128 tokens", "global_batch": "512 tokens", "micro_batch": 1, "budget": "4 steps",
 }
 DRO = {"model": MODEL, "objective": "group_dro", "inputs": {"shards": "corpus", "reference": "teacher"}, "budget": "4 steps", "log": {"every": "1 steps"}}
+# `prepared` puts a teacher in place of None.
+OUTSIDE = {"model": MODEL, "objective": "distill", "distill": {"teacher": None}, "budget": "3 steps"}
 DISTILL = {"model": MODEL, "objective": "distill", "inputs": {"shards": "corpus", "teacher": "teacher"}, "budget": "4 steps"}
 GRPO = {**REWARDED, "budget": "4 steps"}
 SCORES = {"model": MODEL, "budget": "5 steps", "inputs": {"shards": "corpus", "probe": "probe"}, "scores": {"every": "2 steps", "rank": None}, "optimizer": {"eps": 1e-4}}
@@ -39,13 +41,22 @@ CASES = {
     **{name: (SCORES, layout) for name, layout in SCORED.items()},
     **{name: (TEXT, layout) for name, layout in LAYOUTS.items()},
     "sft-dp2": (CHAT, {}), "sft-pp2": (CHAT, {"pipeline": 2}), "sft-cp2": ({**CHAT, "recompute": True}, {"context": 2}),
-    "distill-cp2": (DISTILL, {"context": 2}), "dro-cp2": (DRO, {"context": 2}),
-    "distill-tp2": (DISTILL, {"tensor": 2}), "distill-cached-dp2": ({**DISTILL, "distill": {"cache_top_k": 32}}, {}),
-    "distill-cached-tp2": ({**DISTILL, "distill": {"cache_top_k": 32}}, {"tensor": 2}),
+    "distill-cp2": (DISTILL, {"context": 2}), "distill-pp2": (DISTILL, {"pipeline": 2}), "outside-tp2-sp": (OUTSIDE, {"tensor": 2, "sequence_parallel": True}),
+    "outside-pp2": (OUTSIDE, {"pipeline": 2}), "outside-cp2": (OUTSIDE, {"context": 2}), "dro-cp2": (DRO, {"context": 2}), "dro-pp2": (DRO, {"pipeline": 2}),
+    "distill-tp2": (DISTILL, {"tensor": 2}), "distill-odd-tp2": ({**DISTILL, "inputs": {"shards": "corpus", "teacher": "odd"}}, {"tensor": 2}), "distill-cached-dp2": ({**DISTILL, "distill": {"cache_top_k": 32}}, {}),
+    "distill-cached-tp2": ({**DISTILL, "distill": {"cache_top_k": 32}}, {"tensor": 2}), "distill-cached-cp2": ({**DISTILL, "distill": {"cache_top_k": 32}}, {"context": 2}),
     "grpo-dp2": (GRPO, {}), "grpo-dp2-overlap": (GRPO, LAYOUTS["dp2-overlap"]),
     "dro-dp2": (DRO, {}), "dro-tp2-sp": (DRO, {"tensor": 2, "sequence_parallel": True}),
 }
-ROLES = {"distill": "teacher", "group_dro": "reference"}
+
+
+def prepared(base, artifacts):
+    """(settings, inputs) of a case, with the teacher from outside in its place."""
+    inputs = {role: artifacts[name] for role, name in base.get("inputs", {}).items()}
+    inputs["shards"] = artifacts["questions" if base.get("objective") == "grpo" else "corpus"]
+    if base.get("distill", {}).get("teacher", 0) is None:
+        base = {**base, "distill": {"teacher": {"hf_folder": str(artifacts["outside"])}}}
+    return base, inputs
 
 
 @pytest.fixture(scope="module")
@@ -53,32 +64,33 @@ def runs(tmp_path_factory):
     """Results of both ranks for every case, and what is needed to run the same alone."""
     folder = tmp_path_factory.mktemp("layouts")
     shards = make_shards(folder)
-    teacher = train(folder, settings(model={**MODEL, "init_std": 0.2}, budget="1 steps"), "teacher", shards=shards)
-    probe, questions = make_probe(folder, shards), make_questions(folder)
-    cases = {
-        name: {
-            "settings": {**base, "layout": layout},
-            "shards": str((questions if base.get("objective") == "grpo" else shards).path),
-            "inputs": {ROLES[base["objective"]]: str(teacher.path)} if base.get("objective") in ROLES else {"probe": str(probe.path)} if "scores" in base else {},
-        }
-        for name, (base, layout) in CASES.items()
+    artifacts = {
+        "teacher": train(folder, settings(model={**MODEL, "init_std": 0.2}, budget="1 steps"), "teacher", shards=shards),
+        # One key/value head: it can not be cut in two.
+        "odd": train(folder, settings(model={**MODEL, "num_kv_heads": 1, "init_std": 0.2}, budget="1 steps"), "odd", shards=shards),
+        "probe": make_probe(folder, shards), "outside": make_outside_model(folder / "outside", shards), "corpus": shards, "questions": make_questions(folder),
     }
+    cases = {}
+    for name, (base, layout) in CASES.items():
+        plain, inputs = prepared(base, artifacts)
+        cases[name] = {
+            "settings": {**plain, "layout": layout}, "shards": str(inputs.pop("shards").path), "inputs": {role: str(artifact.path) for role, artifact in inputs.items()},
+        }
     ranks = launch(HERE / "train_layout_worker.py", 2, folder / "ranks", {"cases": cases}, timeout=300)
-    return ranks, folder, shards, teacher, probe, questions
+    return ranks, folder, artifacts
 
 
 @pytest.fixture(scope="module")
 def alone(runs):
     """Single-process results by settings."""
-    _, folder, shards, teacher, probe, questions = runs
+    _, folder, artifacts = runs
     known = {}
 
     def result(base):
         key = repr(sorted(base.items(), key=str))
         if key not in known:
-            name = f"alone{len(known)}"
-            inputs = {ROLES[base["objective"]]: teacher} if base.get("objective") in ROLES else {"probe": probe} if "scores" in base else {}
-            known[key] = CheckpointSet.open(train(folder, settings(**base), name, shards=questions if base.get("objective") == "grpo" else shards, **inputs))
+            plain, inputs = prepared(base, artifacts)
+            known[key] = CheckpointSet.open(train(folder, settings(**plain), f"alone{len(known)}", **inputs))
         return known[key]
 
     return result

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from megatron_r1.model.build import R1Model, build_model
 from megatron_r1.model.config import ModelConfig
-from megatron_r1.model.forward import distill_losses, distill_topk_losses, hidden, logits, token_losses
+from megatron_r1.model.forward import distill_losses, distill_topk_losses, hidden, logits, position_logits, token_losses
 from megatron_r1.model.hf_map import hf_config, to_hf
 from megatron_r1.model.loss import cross_entropy, distill_kl, distill_topk_kl, masked_sum, next_token
 from megatron_r1.parallel import context, ddp
@@ -123,7 +123,7 @@ def test_distillation_equals_the_definition(model: R1Model, ctx: context.Paralle
     p = torch.softmax(t / 3, -1)
     soft = 9 * (p * (p.log() - torch.log_softmax(z / 3, -1))).sum(-1)
     expected = 0.2 * F.cross_entropy(z.transpose(1, 2), batch["labels"], reduction="none") + 0.8 * soft
-    ours = distill_losses(model, [teacher], batch, 3.0, 0.2)
+    ours = distill_losses(model, position_logits([teacher], batch), batch, 3.0, 0.2)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(distill_kl(z, t, 3.0), soft, atol=1e-5, rtol=1e-4)
     weight = model.decoder.layers[1].self_attention.linear_qkv.weight
@@ -139,7 +139,7 @@ def test_distillation_equals_the_definition(model: R1Model, ctx: context.Paralle
 def test_a_teacher_of_itself_teaches_nothing(model: R1Model) -> None:
     x = tokens(2, 11, 6)
     batch = {"tokens": x[:, :-1], "labels": x[:, 1:]}
-    losses = distill_losses(model, model, batch)
+    losses = distill_losses(model, position_logits(model, batch), batch)
     assert losses.abs().max() < 1e-5
     (grad,) = torch.autograd.grad(losses.sum(), model.embedding.word_embeddings.weight)
     assert grad.abs().max() < 1e-5
@@ -147,9 +147,9 @@ def test_a_teacher_of_itself_teaches_nothing(model: R1Model) -> None:
 
 def test_vocabularies_must_match(model: R1Model, ctx: context.ParallelContext) -> None:
     teacher = build_model(CONFIG.replace(vocab_size=64), ctx, seed=8)
-    x = tokens(1, 5)
+    x = tokens(1, 5) % 64
     with pytest.raises(DataError, match="same tokenizer"):
-        distill_losses(model, teacher, {"tokens": x, "labels": x})
+        distill_losses(model, position_logits(teacher, {"tokens": x}), {"tokens": x, "labels": x})
     with pytest.raises(DataError, match="same tokenizer"):
         distill_kl(torch.zeros(1, 5, 199), torch.zeros(1, 5, 64))
 

@@ -151,7 +151,7 @@ def test_distillation_counts_the_teacher(plans: dict[str, StepPlan]) -> None:
     assert (plan.parameters, plan.steps, plan.tokens) == (NANO, 20, 10_240)  # 10,000 tokens take 20 steps of 512
     teacher = forward(64, layers=6, dim=256, heads=4, kv_heads=2, ffn=768, vocabulary=512)
     assert plan.flops == 20 * 8 * (3 * nano_forward(64) + teacher)
-    assert plan.sizes["teacher cache (temporary)"] == 10_240 * 16 * 6
+    assert plan.sizes["teacher cache (temporary)"] == 10_240 * 16 * 8
 
 
 def test_epochs_budget(plans: dict[str, StepPlan]) -> None:

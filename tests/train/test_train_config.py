@@ -70,11 +70,6 @@ def test_published_pretraining_and_sft():
         ({"precision": "fp4"}, "'fp32', 'bf16' or 'fp8'"),
         ({"precision": "fp8", "inputs": {"shards": "a", "probe": "p"}, "scores": {}}, "precision fp32 or bf16 with scores"),
         ({"layout": {"context": 2}, "inputs": {"shards": "a", "mixture": "m", "probe": "p"}, "scores": {}}, "context: 1 with scores"),
-        ({"layout": {"context": 2}, "objective": "distill", "distill": {"teacher": {"hf_folder": "t"}}}, "context: 1 with distill.teacher"),
-        (
-            {"layout": {"context": 2}, "objective": "distill", "inputs": {"shards": "a", "mixture": "m", "teacher": "t"}, "distill": {"cache_top_k": 8}},
-            "context: 1 with distill.cache_top_k",
-        ),
     ],
 )
 def test_contradictions_are_refused(change, message):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train_objectives import MODEL, B, equal, micro_batches, through_the_schedule, trained_teacher
+from test_train_objectives import MODEL, B, equal, live_teacher, micro_batches, through_the_schedule
 from test_train_resume import Interrupt
 from train_toys import final_bytes, make_mixture, make_shards, resumable, settings, timeless, train
 
@@ -68,7 +68,7 @@ def test_loss_gradient_and_excess_against_plain_torch(ctx):
     """Rows of source 0 count alpha_0 / p_0; the divisor is the plain number of targets; excess is clipped token by token."""
     batches = micro_batches()
     other = build_model(MODEL.replace(init_std=0.2), ctx, seed=9)
-    objective = GroupDRO({"x": 0.25, "y": 0.75}, ctx.device, GroupDroConfig(), trained_teacher(other), "ref")
+    objective = GroupDRO({"x": 0.25, "y": 0.75}, ctx.device, GroupDroConfig(), live_teacher("trained", other), "ref")
     objective.weights = np.array([0.8, 0.2])
     found = through_the_schedule(ctx, objective, batches)
 
@@ -97,7 +97,7 @@ def test_loss_gradient_and_excess_against_plain_torch(ctx):
 def test_weights_that_are_the_shares_are_next_token_training(ctx):
     """alpha = p: every token counts once, so loss and gradient are those of the plain objective."""
     batches = micro_batches()
-    dro = GroupDRO({"x": 0.5, "y": 0.5}, ctx.device, GroupDroConfig(), trained_teacher(build_model(MODEL, ctx, seed=9)), "ref")
+    dro = GroupDRO({"x": 0.5, "y": 0.5}, ctx.device, GroupDroConfig(), live_teacher("trained", build_model(MODEL, ctx, seed=9)), "ref")
     equal(through_the_schedule(ctx, dro, batches), through_the_schedule(ctx, Objective(2, ctx.device), batches), rel=1e-7)
 
 

@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from test_train_objectives import trained_teacher
+from test_train_objectives import live_teacher
 from test_train_resume import Interrupt, victim
 from train_toys import REWARDED, final_bytes, make_questions, make_shards, resumable, settings, timeless, train
 from transformers import Llama4ForCausalLM
@@ -112,7 +112,7 @@ def test_loss_and_gradient_against_another_implementation_in_float64(ctx, monkey
     chunks = wrap(build_model(MODEL, ctx, seed=1), LayoutConfig(), ctx)
     build_optimizer(chunks, lr=1e-3, layout=LayoutConfig())
     far = build_model(MODEL, ctx, seed=9)
-    mine = objective(ctx, reference=trained_teacher(far) if kl_weight else None, variant=variant, kl_weight=kl_weight)
+    mine = objective(ctx, reference=live_teacher("trained", far) if kl_weight else None, variant=variant, kl_weight=kl_weight)
     made = mine.prepare(chunks, batches, 2)
     assert [batch["tokens"].shape[1] for batch in made] != [batches[0]["tokens"].shape[1]] * 6
     reports = forward_backward(ctx, chunks, mine.forward_step, iter(made), len(made), 32, 2)

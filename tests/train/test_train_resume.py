@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from train_toys import final_bytes, resumable, timeless, train
+from train_toys import CACHE_TOKENS, CACHED, final_bytes, resumable, timeless, train
 
 from megatron_r1.artifacts.base import open_artifact, open_workspace
 from megatron_r1.artifacts.checkpoint import CheckpointSet
-from megatron_r1.train import loop, run
+from megatron_r1.train import loop, run, teacher_cache
+from megatron_r1.train.topk_cache import TopKCache
 from megatron_r1.utils.errors import REQUEUE_EXIT_CODE
 
 HERE = Path(__file__).parent
@@ -47,6 +48,40 @@ def test_sigkill_in_a_step_and_in_a_save_ends_in_the_same_bytes(tmp_path, shards
     assert "resuming after step 4 of 7" in last.stderr
     finished = open_workspace(tmp_path, "train", "checkpoint", resumable(), {"shards": shards}).final
     same(open_artifact(finished, verify="full"), straight)
+
+
+@pytest.mark.slow
+def test_sigkill_while_the_cache_is_made_and_a_flipped_bit_end_in_the_same_bytes(tmp_path, shards, straight, monkeypatch, messages):
+    """Only what is not there, or no longer what was written, is made again."""
+    monkeypatch.setattr(teacher_cache, "CHUNK_TOKENS", CACHE_TOKENS)
+    caches, written = [], []
+    training, writing = loop.Trainer.train, TopKCache.write
+
+    def looked_at(self):
+        folder = self.folder / "tmp" / "teacher_top_k"
+        caches.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+        return training(self)
+
+    monkeypatch.setattr(loop.Trainer, "train", looked_at)
+    monkeypatch.setattr(TopKCache, "write", lambda self, chunk, *tensors: (written.append(chunk), writing(self, chunk, *tensors))[1])
+    killed = victim(tmp_path / "killed", shards, "chunk 2", "teacher", str(straight.path))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert "top 16 of 28 samples, 0.1 MiB on disk; 4 of 4 chunks to compute" in killed.stderr
+    inputs = {"shards": shards, "teacher": straight}
+    cache = open_workspace(tmp_path / "killed", "train", "checkpoint", resumable(**CACHED), inputs).path / "tmp" / "teacher_top_k"
+    whole, part = sorted(cache.glob("chunk-*.safetensors")), sorted(cache.glob(".chunk-*"))
+    assert [path.name for path in (*whole, *part)] == ["chunk-000000.safetensors", "chunk-000001.safetensors", ".chunk-000002.safetensors.tmp"]
+    flipped = bytearray(whole[1].read_bytes())
+    flipped[-7] ^= 4
+    whole[1].write_bytes(flipped)
+    resumed = train(tmp_path / "killed", resumable(**CACHED), **inputs)
+    assert written == [1, 2, 3]
+    assert any("chunk-000001.safetensors is damaged" in message for message in messages)
+    never_killed = train(tmp_path / "whole", resumable(**CACHED), **inputs)
+    assert written == [1, 2, 3, 0, 1, 2, 3]
+    assert len(caches[0]) == 9  # four chunks, their receipts, and whom it belongs to
+    assert caches[0] == caches[1]
+    same(resumed, never_killed)
 
 
 class Interrupt(Exception):

@@ -120,7 +120,7 @@ def test_equal_to_influence_at_the_same_weights(shards, probe, tmp_path, monkeyp
 @pytest.mark.slow
 def test_killed_and_continued_ends_in_the_same_files(tmp_path, shards, probe, scored):
     def victim(when):
-        command = [sys.executable, str(HERE / "train_victim.py"), str(tmp_path), str(shards.path), when, str(probe.path)]
+        command = [sys.executable, str(HERE / "train_victim.py"), str(tmp_path), str(shards.path), when, "probe", str(probe.path)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)]), "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

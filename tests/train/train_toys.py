@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from megatron_r1.artifacts.base import Artifact, open_artifact, open_workspace
 from megatron_r1.artifacts.mixture import MIXTURE_FILE, Mixture
 from megatron_r1.data.bpe import train_bpe
 from megatron_r1.data.chat import render
-from megatron_r1.data.shards import SOURCES_FILE, ShardWriter, SourceRecord
+from megatron_r1.data.shards import SOURCES_FILE, ShardSet, ShardWriter, SourceRecord
 from megatron_r1.probe.config import ProbeConfig
 from megatron_r1.probe.run import run as run_probe
 from megatron_r1.train.config import TrainConfig
@@ -31,10 +32,10 @@ def text(source: str, rng: np.random.Generator) -> str:
     return " ".join(rng.choice(WORDS[source], size=int(rng.integers(8, 60))))
 
 
-def make_shards(folder: Path, documents: int = 60, vocab_size: int = 512, seed: int = 0) -> Artifact:
-    """Three text sources (splits train, probe, test) and a chat source."""
+def make_shards(folder: Path, documents: int = 60, vocab_size: int = 512, seed: int = 0, answers: tuple[int, int] | None = None) -> Artifact:
+    """Three text sources (splits train, probe, test) and a chat source. `answers`: least and most words of an assistant's turn."""
     rng = np.random.default_rng(seed)
-    work = open_workspace(folder, "corpus", "shards", {"documents": documents, "vocab": vocab_size, "seed": seed})
+    work = open_workspace(folder, "corpus", "shards", {"documents": documents, "vocab": vocab_size, "seed": seed, "answers": answers})
     sample = [" ".join(words) for words in WORDS.values()]
     tokenizer = train_bpe(sample, vocab_size, work.path / "tokenizer")
     sources = {}
@@ -46,6 +47,7 @@ def make_shards(folder: Path, documents: int = 60, vocab_size: int = 512, seed: 
             for index in range(count):
                 if name == "chat":
                     a, b = text("gamma", rng), text("alpha", rng)[: int(rng.integers(10, 80))]
+                    b = b if answers is None else " ".join(rng.choice(WORDS["alpha"], size=int(rng.integers(*answers))))
                     ids, mask = render([{"role": "user", "content": a}, {"role": "assistant", "content": b}], tokenizer)
                     writer.add(ids, len((a + b).encode()), f"chat-{split}-{index}", mask=mask)
                 else:
@@ -75,8 +77,27 @@ def make_probe(folder: Path, shards: Artifact) -> Artifact:
     return run_probe(config, {"shards": shards}, open_workspace(folder, "probe", "probe", config, {"shards": shards}))
 
 
+def make_outside_model(path: Path, shards: Artifact, **changes: Any) -> Path:
+    """A folder with a random Llama of transformers, the shards' tokenizer and a few vocabulary rows to spare."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    plain = {
+        "vocab_size": 520, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3,
+    }
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**plain, **changes})).save_pretrained(path)
+    for file in ShardSet.open(shards).tokenizer.hf_files:
+        shutil.copy(file, path)
+    return path
+
+
 SCORED: dict[str, Any] = {"inputs": {"shards": "corpus", "probe": "probe"}, "scores": {"every": "3 steps", "rank": 4}}
 """What `resumable` and `settings` take to score documents; with checkpoints every second step directions outlive one."""
+CACHED: dict[str, Any] = {"objective": "distill", "inputs": {"shards": "corpus", "teacher": "teacher"}, "distill": {"cache_top_k": 16}}
+"""To distil from the cached top 16."""
+CACHE_TOKENS = 32 * 8
+"""Tokens of one of its chunks: four for the seven steps of `resumable`."""
 
 
 def make_questions(folder: Path, right: float = 1.0, count: int = 120, seed: int = 0) -> Artifact:

@@ -1,7 +1,8 @@
-"""A training process that kills itself where it is told to: python train_victim.py <folder> <shards> <when> [probe | grpo].
+"""A training process that kills itself where it is told to: python train_victim.py <folder> <shards> <when> [grpo | probe PATH | teacher PATH].
 
-when: `step N` SIGKILL after the backward pass of step N; `save N` SIGKILL while the checkpoint of step N is written;
-`none` run to the end. With a probe documents are scored; with `grpo` it trains on rewards.
+when: `step N` SIGKILL after the backward pass of step N; `save N` SIGKILL while the checkpoint of step N is written; `chunk N` SIGKILL
+while chunk N of the teacher's cache is; `none` run to the end. With a probe documents are scored, with a teacher its cached top k is learnt; with
+`grpo` it trains on rewards.
 """
 
 import os
@@ -10,10 +11,10 @@ import sys
 from pathlib import Path
 
 import torch
-from train_toys import REWARDED, SCORED, reopen, resumable, train
+from train_toys import CACHE_TOKENS, CACHED, REWARDED, SCORED, reopen, resumable, train
 
 from megatron_r1.parallel import checkpoint
-from megatron_r1.train import loop
+from megatron_r1.train import loop, teacher_cache, topk_cache
 
 
 def die() -> None:
@@ -43,13 +44,23 @@ def arm(kind: str, number: int) -> None:
             return hashing(folder, ctx)
 
         checkpoint._hash_own_files = half_written
+    if kind == "chunk":
+        save = topk_cache.save_file
+
+        def half_saved(tensors, path):
+            save(tensors, path)
+            if f"chunk-{number:06d}" in path.name:
+                path.write_bytes(path.read_bytes()[: 1 << 10])
+                die()
+
+        topk_cache.save_file = half_saved
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     kind, _, number = sys.argv[3].partition(" ")
     arm(kind, int(number or 0))
-    beside = sys.argv[4] if len(sys.argv) > 4 else ""
-    probe = reopen(Path(beside)) if beside not in ("", "grpo") else None
-    changes = REWARDED if beside == "grpo" else SCORED if probe else {}
-    train(Path(sys.argv[1]), resumable(**changes), shards=reopen(Path(sys.argv[2])), probe=probe)
+    teacher_cache.CHUNK_TOKENS = CACHE_TOKENS
+    what, path = [*sys.argv[4:], "", ""][:2]
+    given = {what: reopen(Path(path))} if path else {}
+    train(Path(sys.argv[1]), resumable(**{"": {}, "grpo": REWARDED, "probe": SCORED, "teacher": CACHED}[what]), shards=reopen(Path(sys.argv[2])), **given)
