@@ -96,6 +96,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.split_sentences:
             raise ConfigError(expected="documents as they are", found="--split-sentences", fix="leave it out: sentence splitting serves BERT-style training, which this project does not do")
+        if not 0 <= args.max_bad_ratio <= 1:
+            raise ConfigError(expected="--max-bad-ratio from 0 to 1", found=str(args.max_bad_ratio), fix="give the share of bad lines that is bearable, such as 0.01")
+        if args.workers is not None and args.workers < 1:
+            raise ConfigError(expected="--workers of 1 or more", found=str(args.workers), fix="leave it out for all cores")
         if args.partitions != 1:
             raise ConfigError(expected="--partitions 1", found=str(args.partitions), fix="leave it out: processes share the work of a file (--workers), and the corpus stage resumes per source")
         describe(args.input)

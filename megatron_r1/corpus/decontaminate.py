@@ -10,7 +10,9 @@ from pathlib import Path
 from megatron_r1.corpus.filters import stretches
 from megatron_r1.data.packages import PACKAGES, humaneval_records
 from megatron_r1.utils.errors import DataError
+from megatron_r1.utils.logging import get_logger
 
+log = get_logger("corpus.decontaminate")
 _WORD = re.compile(r"\w+")
 
 
@@ -23,13 +25,16 @@ class Overlap:
     def __init__(self, ngram: int = 13) -> None:
         self.ngram = ngram
         self.items = 0
+        self.short = 0
+        """Items with fewer than n words, which can not be found."""
         self._grams: dict[tuple[str, ...], str] = {}
         self._vocabulary: set[str] = set()
 
     def add(self, name: str, text: str) -> None:
-        """Register an item; one with fewer than n words can not be found."""
+        """Register an item; one with fewer than n words can not be found, and is counted in `short`."""
         words = _WORD.findall(text.lower())
         self.items += 1
+        self.short += len(words) < self.ngram
         for i in range(len(words) - self.ngram + 1):
             self._grams.setdefault(tuple(words[i : i + self.ngram]), name)
             self._vocabulary.update(words[i : i + self.ngram])
@@ -63,14 +68,14 @@ def load(name: str, overlap: Overlap) -> dict[str, str | int]:
 
     Raises EnvironmentProblem when HumanEval can not be had, DataError for a file that can not be read.
     """
-    before = overlap.items
+    before, short = overlap.items, overlap.short
     if name == "human_eval":
         for item in humaneval_records():
             overlap.add(item["task_id"], f"{item['prompt']}\n{item['canonical_solution']}")
         return {"name": name, "items": overlap.items - before, **PACKAGES["human-eval"].origin}
     path = Path(name).expanduser()
     try:
-        lines = path.read_text("utf-8").split("\n") if path.suffix == ".jsonl" else [path.read_text("utf-8")]
+        lines = path.read_text("utf-8-sig").split("\n") if path.suffix == ".jsonl" else [path.read_text("utf-8-sig")]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             expected=f"evaluation items (UTF-8 .jsonl or .txt) at {name}, or the name human_eval", found=f"{type(error).__name__}: {error}",
@@ -79,14 +84,18 @@ def load(name: str, overlap: Overlap) -> dict[str, str | int]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             overlap.add(f"{path.name}:{number}", _all_text(line) if path.suffix == ".jsonl" else line)
-    return {"name": path.name, "items": overlap.items - before}
+    found: dict[str, str | int] = {"name": path.name, "items": overlap.items - before}
+    if overlap.short > short:
+        log.warning("%s: %d of %d evaluation items have fewer than %d words: copies of them are not found", name, overlap.short - short, found["items"], overlap.ngram)
+        found["shorter_than_ngram"] = overlap.short - short
+    return found
 
 
 def _all_text(line: str) -> str:
     """Every string of a JSON line, or the line itself when it is not JSON."""
     try:
         value = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # ValueError: also a number of more digits than Python reads
         return line
     parts, stack = [], [value]
     while stack:

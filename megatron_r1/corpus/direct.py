@@ -27,6 +27,7 @@ from megatron_r1.corpus.partitions import Partition, plan_partitions
 from megatron_r1.corpus.readers import Bad, read_partition
 from megatron_r1.corpus.tokenise import use_threads
 from megatron_r1.data.indexed import IndexedWriter, token_dtype
+from megatron_r1.data.shard_rewrite import placed
 from megatron_r1.data.tokenizer import IdsDiffer, Library, Tokenizer
 from megatron_r1.utils.errors import DataError, EnvironmentProblem
 from megatron_r1.utils.io import disk_errors
@@ -69,7 +70,8 @@ class Done:
 def write_dataset(prefix: Path, source: SourceConfig, files: Sequence[InputFile], tokenizer: Path, library: Library, append_eod: bool, workers: int, max_bad_ratio: float) -> Iterator[Done]:
     """Write `<prefix>.bin`, `.idx` and their checksums, and `<prefix>.bad.jsonl` when input is bad; yields the counts so far.
 
-    Raises DataError, with nothing but the list of bad input left, when more than `max_bad_ratio` of the input is bad.
+    A dataset of that name is replaced when the new one is whole. Raises DataError, with nothing changed but the list of bad input, when more than
+    `max_bad_ratio` of the input is bad.
     """
     opened = Tokenizer.load(tokenizer)
     if library == "gigatoken":
@@ -83,14 +85,18 @@ def write_dataset(prefix: Path, source: SourceConfig, files: Sequence[InputFile]
     order = Order(source, files, tokenizer.resolve(), library, end, scratch)
     done = Done()
     try:
-        with IndexedWriter(prefix, token_dtype(opened.vocab_size)) as writer:
+        with placed([prefix], force=True) as folder, IndexedWriter(folder / prefix.name, token_dtype(opened.vocab_size)) as writer:
             for number, part in _parts(order, plan_partitions("input", source, files, PARTITION_BYTES), workers):
                 _join(_scratch(scratch, number), writer, quarantine)
                 done += part
                 yield done
             if done.bad > max_bad_ratio * (done.bad + done.documents):
+                with open(quarantine, encoding="utf-8") as lines:
+                    first = json.loads(lines.readline())
                 raise DataError(
-                    expected=f"at most {max_bad_ratio:.2%} bad lines", found=f"{done.bad} of {done.bad + done.documents}, listed in {quarantine}", fix="mend them, or raise --max-bad-ratio"
+                    expected=f"at most {max_bad_ratio:.2%} bad lines",
+                    found=f"{done.bad} of {done.bad + done.documents}, listed in {quarantine}; the first: {first['file']}, byte {first['offset']}: {first['reason']}",
+                    fix="mend them, or raise --max-bad-ratio",
                 )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

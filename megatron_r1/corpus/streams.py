@@ -84,11 +84,14 @@ def _decompressed(stream: Stored, suffix: str) -> Iterator[bytes]:
     """Members (gzip), streams (bz2, xz) or frames (zstd) one after the other; zeros between them are padding."""
     make, feed = FORMATS[suffix]
     data: bytes | None = b""
+    begun = False
     while True:
         while not (data := (data or b"").lstrip(b"\0")):
             if not (data := stream.read(feed)):
+                if not begun:
+                    raise DamagedInput(f"no {suffix[1:]} data: the file is empty, as a download that failed leaves it")
                 return
-        member = make()
+        begun, member = True, make()
         while not member.inner.eof:
             if data == b"" and not (data := stream.read(feed)):
                 raise DamagedInput(f"the {suffix[1:]} data ends in the middle: the file was cut off")

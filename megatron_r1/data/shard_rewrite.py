@@ -101,7 +101,7 @@ def _require_alike(shards: Sequence[Shard]) -> None:
 
 
 @contextmanager
-def _placed(prefixes: Sequence[Path], force: bool) -> Iterator[Path]:
+def placed(prefixes: Sequence[Path], force: bool) -> Iterator[Path]:
     """A folder to write datasets named like `prefixes` into; they take their places when the block ends without an error, or none does."""
     taken = [str(suffixed(prefix, ".idx")) for prefix in prefixes if suffixed(prefix, ".idx").exists() or suffixed(prefix, ".bin").exists()]
     if taken and not force:
@@ -131,7 +131,7 @@ def merge_datasets(inputs: Sequence[Path], output: Path, force: bool = False) ->
     """
     shards = [Shard.at(path) for path in inputs]
     _require_alike(shards)
-    with _placed([output], force) as folder:
+    with placed([output], force) as folder:
         require_free_space(folder, _size(shards))
         record = _join(shards, folder / output.name)
     found, count = collisions([(str(shard.prefix), "", shard) for shard in shards]) if shards[0].documented else ([], 0)
@@ -266,7 +266,12 @@ def _artifact_at(output: Path, config: dict[str, Any], parents: Sequence[Artifac
         old = output.with_name(f".{output.name}.{os.getpid()}.old")
         if output.exists():
             os.rename(output, old)
-        work.complete(summary)
+        try:
+            work.complete(summary)
+        except BaseException:
+            if old.exists() and not output.exists():
+                os.rename(old, output)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
     try:
@@ -320,7 +325,7 @@ def split_dataset(shard: Shard, owner: np.ndarray, parts: int, output: Path, for
     final = np.full(parts, -1, np.int64)
     final[owner] = np.arange(len(shard))
     records: dict[int, SplitRecord] = {}
-    with _placed(names, force) as folder:
+    with placed(names, force) as folder:
         require_free_space(folder, _size([shard]))
         copiers: dict[int, Copier] = {}
         try:

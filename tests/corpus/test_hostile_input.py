@@ -154,12 +154,9 @@ def test_damaged_compression(tmp_path, suffix, harm):
     (tmp_path / "b.jsonl").write_bytes(line("the rest"))
     good, bad = collect(source(), tmp_path / f"a.jsonl{suffix}", tmp_path / "b.jsonl")
     assert good[-1].text == "the rest"
-    if harm == "empty":
-        assert (len(good), bad) == (1, [])
-        return
     damage = bad[-1]
     assert "what follows is lost" in damage.reason
-    assert {"cut": "cut off"}.get(harm, "damaged") in damage.reason
+    assert {"cut": "cut off", "empty": "the file is empty"}.get(harm, "damaged") in damage.reason
     # flipped: gzip and zstd have one checksum, at the end; what is read until then may be anything.
     if suffix in (".bz2", ".xz") or harm != "flipped":
         whole = [document.text for document in good[:-1]]

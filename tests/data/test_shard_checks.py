@@ -110,6 +110,8 @@ def test_datasets_without_checksums_are_only_checked_for_contradictions(tmp_path
     assert verdict.unprotected == [str(tmp_path / "a.bin"), str(tmp_path / "a.idx")]
     (tmp_path / "a.bin").write_bytes(b"\0" * 16)
     assert "18 bytes for 9 tokens" in damaged(tmp_path / "a")
+    (tmp_path / "a.bin").unlink()
+    assert f"{tmp_path / 'a.bin'}\n   found: no such file" in damaged(tmp_path / "a")
     assert "no such file" in damaged(tmp_path / "b")
 
 

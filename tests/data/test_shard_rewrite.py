@@ -89,7 +89,7 @@ def test_what_is_not_merged(tmp_path):
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_merging_artifacts(tmp_path):
+def test_merging_artifacts(tmp_path, monkeypatch):
     a, b = toy_set(tmp_path / "a"), toy_set(tmp_path / "b", "corpus", prefix="b-")
     out = merge_artifacts([a.path, b.path, a.path], tmp_path / "both")
     merged, sets = ShardSet.open(out), [ShardSet.open(item) for item in (a, b, a)]
@@ -110,6 +110,12 @@ def test_merging_artifacts(tmp_path):
     after = files(tmp_path / "both")
     # the manifest holds the time it was made, to the second
     assert {name for name in before if before[name] != after[name]} <= {"manifest.json"}
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_r1.artifacts.base.io.sha256_files", lambda paths: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            merge_artifacts([b.path], tmp_path / "both", force=True)
+    assert files(tmp_path / "both") == after
+    assert not list(tmp_path.glob(".both*"))
     (tmp_path / "taken").mkdir()
     with pytest.raises(ConfigError, match="something else"):
         merge_artifacts([a.path], tmp_path / "taken", force=True)

@@ -94,13 +94,35 @@ def test_a_library_that_turns_out_wrong_leaves_no_trace(tmp_path, setting, monke
     ("more", "said"),
     [
         (["--split-sentences"], "BERT"), (["--partitions", "2"], "--partitions 1"), (["--tokenizer-type", "GPT2BPETokenizer"], "HuggingFaceTokenizer"),
-        (["--input", "nowhere.jsonl"], "nowhere.jsonl"), (["--tokenizer-type", "TikTokenizer"], "--tiktoken-encoding"), (["--json-keys", "body"], "bad lines"),
+        (["--input", "nowhere.jsonl"], "nowhere.jsonl"), (["--tokenizer-type", "TikTokenizer"], "--tiktoken-encoding"), (["--json-keys", "body"], "byte 0: field 'body' is missing"),
+        (["--max-bad-ratio", "nan"], "from 0 to 1"), (["--workers", "0"], "1 or more"),
     ],
 )
 def test_what_is_refused(setting, tmp_path, capsys, more, said):
     assert load("preprocess_data").main([*setting[2], *more]) == 1
     assert said in capsys.readouterr().err
-    assert not list(tmp_path.rglob("*.idx"))
+    assert {path.suffix for path in (tmp_path / "out").rglob("*")} <= {".jsonl"}
+
+
+def test_a_dataset_of_the_same_name_is_replaced_by_a_whole_one_or_not_at_all(setting, tmp_path, monkeypatch):
+    tokenizer, source, flags = setting
+    tool = load("preprocess_data")
+    assert tool.main(flags) == 0
+    before = outputs(tmp_path / "out")
+    source.write_text("broken\n" * 5)
+    assert tool.main(flags) == 1
+    assert {name: content for name, content in outputs(tmp_path / "out").items() if not name.endswith(".bad.jsonl")} == before
+    source.write_text(json.dumps({"text": "other"}) + "\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_r1.corpus.direct._join", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tool.main(flags)
+    assert outputs(tmp_path / "out") == before
+    # What another tool laid beside the old one would contradict the new one.
+    (tmp_path / "out" / "d_text_document.docs.parquet").write_bytes(b"of the old one")
+    assert tool.main(flags) == 0
+    assert [part.tolist() for part in documents(tmp_path / "out" / "d_text_document")] == [tokenizer.encode("other")]
+    assert set(outputs(tmp_path / "out")) == set(before)
 
 
 def test_bad_lines_are_listed(setting, tmp_path, capsys):
