@@ -220,8 +220,15 @@ def test_slurm_chain(tmp_path: Path) -> None:
         depends = [word for word in call if word.startswith("--dependency=afterok:")]
         assert len(depends) == (number > 0)
         assert all(word.split(":")[1].isdigit() for word in depends)
+        assert "--kill-on-invalid-dep=yes" in call  # or a failed step would leave the others in the queue for ever
         assert "--time=1:00" in call
         assert (Path(exports(call)["LAUNCH"]) / "rank.sh").is_file()
+
+
+@pytest.mark.parametrize("nodes", ["0", "-1", "two", "1.5"])
+def test_an_impossible_number_of_machines_submits_nothing(tmp_path: Path, nodes: str) -> None:
+    (tmp_path / "log").touch()
+    assert record(tmp_path, "slurm/submit.sh", status=2, NODES=nodes) == []
 
 
 def test_the_950m_recipe_in_a_handful_of_lines(tmp_path: Path) -> None:
@@ -233,7 +240,7 @@ def test_the_950m_recipe_in_a_handful_of_lines(tmp_path: Path) -> None:
     assert len(lines) <= 5
 
 
-JOB = {"STEP": "pretrain1", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "7"}
+JOB = {"STEP": "pretrain1", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "112", "SLURM_JOB_ID": "7"}
 RUNS_AS_RANK_3 = 'until [ "$1" = bash ]; do shift; done; SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=8 exec "$@"\n'
 
 
@@ -243,6 +250,7 @@ def test_slurm_step_checks_then_starts_a_process_for_every_gpu(tmp_path: Path) -
         assert call[0] == "srun"
         assert call[call.index("--nodes") + 1] == "2"
         assert call[call.index("--ntasks-per-node") + 1] == "4"
+        assert call[call.index("--cpus-per-task") + 1] == "28"
         check_command(call[call.index("megatron-r1") :])
     assert "doctor" in check
     assert "--cluster" in check

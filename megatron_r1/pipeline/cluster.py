@@ -22,7 +22,7 @@ from megatron_r1.model.config import ModelConfig
 from megatron_r1.pipeline.derive import StepPlan, derive, model_of, right, size, teacher_of, together
 from megatron_r1.pipeline.memory import StageMemory, largest, shape_of
 from megatron_r1.pipeline.recipe import Recipe
-from megatron_r1.utils.devices import device
+from megatron_r1.utils.devices import DEVICES, device
 from megatron_r1.utils.errors import ConfigError, ParallelError
 
 DEFAULT_MFU = 0.35
@@ -48,6 +48,8 @@ class Cluster(Frozen):
             raise ValueError(f"expected gpus to be a multiple of per_node; found {self.gpus} and {self.per_node}; count whole machines")
         if self.memory is None or (self.peak_tflops is None and self.tflops is None):
             device(self.gpu)
+        if self.usable <= 0:
+            raise ValueError(f"expected more memory than reserve keeps back ({size(int(self.reserve))}); found {size(self.usable + int(self.reserve))}; state a smaller reserve in a cluster file")
         return self
 
     @property
@@ -139,11 +141,16 @@ def _need(config: Any, changes: dict[str, Any], model: ModelConfig, teacher: Mod
         raise ParallelError(
             expected=f"{config.sequences_per_step} sequences a step to be a multiple of micro_batch x model copies",
             found=f"{int(config.micro_batch)} x {copies} ({cluster.gpus} GPUs)",
-            fix=f"set micro_batch to {fits[0]}" if fits else f"use a number of GPUs whose {layout.model_parallel()}th part divides {config.sequences_per_step}",
+            fix=f"set micro_batch to {fits[0]}" if fits else f"the number of model copies has to divide {config.sequences_per_step}: use {_fewer(config.sequences_per_step, copies) * layout.model_parallel()} GPUs, for example",
         )  # fmt: skip
     kind = "cpu" if cluster.gpu == "cpu" else "gpu"
     shapes = [shape_of(config.model_copy(update={"recompute": again}), model, copies, kind, teacher) for again in (config.recompute, True)]
     return Need(config, changes, largest(shapes[0]), largest(shapes[1]), copies)
+
+
+def _fewer(sequences: int, copies: int) -> int:
+    """The largest number of model copies, up to `copies`, that shares the sequences out evenly."""
+    return next(n for n in range(min(copies, sequences), 0, -1) if sequences % n == 0)
 
 
 def _changes(config: Any, cluster: Cluster) -> Iterator[dict[str, Any]]:
@@ -181,12 +188,16 @@ def print_cluster_plan(recipe: Recipe, cluster: Cluster, console: Console | None
         except ParallelError as error:
             notes.append(f"{plan.step} can not run like this: expected {error.expected}; found {error.found}; {error.fix}")
     notes += [f"{plan.step}: {note}" for plan in plans if plan.stage == "train" and plan.flops is None for note in plan.notes if "steps known" in note]
-    console.print(_times(together(plans, recipe.families), needs, cluster))
-    console.print(_memories(needs, recipe, cluster))
+    # What can not run has no hours; a family is shown when any of its steps can.
+    possible = [plan for plan in plans if plan.stage != "train" or plan.step in needs]
+    if needs:
+        console.print(_times(together(possible, recipe.families), needs, cluster, complete=len(possible) == len(plans)))
+        console.print(_memories(needs, recipe, cluster))
     for note in notes:
         console.print(note, markup=False, soft_wrap=True)
     console.print(
-        "hours: FLOPs of matrix products over the speed stated above; without reading data, validation, saving and waiting. Corpus, probe, mixture and report are work for CPUs.",
+        "hours: FLOPs of matrix products over the speed stated above; without reading data, validation, saving and waiting; `>` where a part is not known, as said above. "
+        "Corpus, probe, mixture and report are work for CPUs.",
         markup=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -200,14 +211,19 @@ def _remarks(step: str, found: Need, cluster: Cluster, recipe: Recipe) -> Iterab
     layout = found.config.layout
     if found.config.precision == "fp8":
         yield f"{step}: memory and hours are those of bf16: what FP8 copies take and what FP8 products save was not measured"
+    if found.config.precision == "fp32" and cluster.gpu in DEVICES and cluster.tflops is None:
+        yield f"{step}: its hours are those of bf16; in fp32 a {cluster.gpu} has a peak of {DEVICES[cluster.gpu].fp32:g} TFLOP/s, not {DEVICES[cluster.gpu].bf16:g}: give --tflops"
     if layout.pipeline > 1:
         idle = (layout.pipeline - 1) / (found.microbatches * (layout.virtual_pipeline or 1))
         yield f"{step}: the pipeline's bubble adds {100 * idle:.0f} % to its hours"
-    if found.config.objective == "distill" and not found.config.distill.cache_top_k and teacher_of(recipe, found.config) is None:
-        yield f"{step}: memory and FLOPs without the teacher: its config.json is not on this machine"
+    if found.config.objective == "distill" and teacher_of(recipe, found.config) is None:
+        folder = found.config.distill.teacher.hf_folder
+        where = f"{Path(folder) / 'config.json'} is not on this machine, or is that of another kind of model; the file alone is enough" if folder else "it comes from a package"
+        yield f"{step}: {'hours' if found.config.distill.cache_top_k else 'memory and hours'} without the teacher, whose size is not known here ({where})"
 
 
-def _times(plans: Iterable[StepPlan], needs: dict[str, Need], cluster: Cluster) -> Table:
+def _times(plans: Iterable[StepPlan], needs: dict[str, Need], cluster: Cluster, complete: bool) -> Table:
+    """`complete`: no step is left out of `plans`."""
     cost = [] if cluster.price is None else ["cost"]
     table = Table("step", "layout", *right("micro-batch", "GPU memory", "tokens/s", "tokens", "hours", "days", "GPU-hours", *cost), title="time", title_justify="left")
     whole = 0.0
@@ -216,22 +232,26 @@ def _times(plans: Iterable[StepPlan], needs: dict[str, Need], cluster: Cluster) 
         if found is None and plan.flops is None:
             continue
         hours = None if plan.flops is None else cluster.hours(plan.flops)
+        known = not any("without the teacher" in note for note in plan.notes)
+        complete &= known and hours is not None
         whole += hours or 0.0
-        speed = f"{(plan.tokens or 0) / hours / 3600:,.0f}" if hours and plan.tokens and plan.stage == "train" else ""
+        speed = f"{'' if known else '< '}{(plan.tokens or 0) / hours / 3600:,.0f}" if hours and plan.tokens and plan.stage == "train" else ""
         table.add_row(
             plan.step, "" if found is None else _layout(found), "" if found is None else f"{int(found.config.micro_batch)} x {found.microbatches}",
             "" if found is None else f"{size(found.memory.peak)}{'' if found.changes is not None else ' !'}", speed,
-            "" if plan.tokens is None else f"{plan.tokens:.3g}", *_spent(hours, cluster),
+            "" if plan.tokens is None else f"{plan.tokens:.3g}", *_spent(hours, cluster, known),
         )  # fmt: skip
     table.add_section()
-    table.add_row("together", "", "", "", "", "", *_spent(whole, cluster))
+    table.add_row("together", "", "", "", "", "", *_spent(whole, cluster, complete))
     return table
 
 
-def _spent(hours: float | None, cluster: Cluster) -> list[str]:
+def _spent(hours: float | None, cluster: Cluster, known: bool) -> list[str]:
+    """Hours, days, GPU-hours and cost; not `known`: that is the least."""
     if hours is None:
         return ["", "", ""] + ([] if cluster.price is None else [""])
-    return [f"{hours:,.3g}", f"{hours / 24:,.3g}", f"{hours * cluster.gpus:,.4g}"] + ([] if cluster.price is None else [f"{hours * cluster.gpus * cluster.price:,.0f}"])
+    found = [f"{hours:,.3g}", f"{hours / 24:,.3g}", f"{hours * cluster.gpus:,.4g}"] + ([] if cluster.price is None else [f"{hours * cluster.gpus * cluster.price:,.0f}"])
+    return [text if known else f"> {text}" for text in found]
 
 
 def _layout(found: Need) -> str:

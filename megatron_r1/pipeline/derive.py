@@ -23,8 +23,8 @@ from megatron_r1.utils.errors import R1Error
 from megatron_r1.utils.logging import human
 
 FP32, FLOAT64 = 4, 8
-BYTES_PER_TRAINED_PARAMETER = 3 * FP32
-"""A checkpoint holds the fp32 weights and Adam's two fp32 moments."""
+BYTES_PER_TRAINED_PARAMETER = {"fp32": 3 * FP32, "bf16": 2 + 3 * FP32, "fp8": 2 + 3 * FP32}
+"""A checkpoint holds the fp32 weights and Adam's two fp32 moments, and the model's own weights where they are not fp32."""
 TOP_K_BYTES = 4 + 4
 """One cached teacher entry: float32 log-probability and int32 token."""
 SMALL_VOCABULARY = 65500
@@ -240,7 +240,7 @@ def _train(recipe: Recipe, step: str) -> dict[str, Any]:
     if not model.max_positions >= length:
         notes.append(f"seq_length {length} is longer than the model's max_positions {model.max_positions}")
     kept = max(config.checkpoints.evenly, 1) + (config.checkpoints.keep if config.checkpoints.every is not None else 0)
-    sizes = {"checkpoints": kept * model.parameters() * BYTES_PER_TRAINED_PARAMETER}
+    sizes = {"checkpoints": kept * model.parameters() * BYTES_PER_TRAINED_PARAMETER[config.precision]}
     if config.objective == "distill" and config.distill.cache_top_k and tokens is not None:
         sizes["teacher cache (temporary)"] = tokens * config.distill.cache_top_k * TOP_K_BYTES
     return {

@@ -132,6 +132,13 @@ def test_training(plans: dict[str, StepPlan]) -> None:
     assert plan.sizes == {"checkpoints": 6 * 12 * NANO}
 
 
+def test_checkpoints_of_bf16_hold_the_bf16_weights_too(tmp_path: Path) -> None:
+    path = tmp_path / "by_hand.yaml"
+    path.write_text(RECIPE, "utf-8")
+    plans = {plan.step: plan for plan in derive(load_recipe(path, ["steps.base.precision=bf16"]))}
+    assert plans["base"].sizes == {"checkpoints": 6 * 14 * NANO}
+
+
 def test_tokens_and_epochs_per_source(plans: dict[str, StepPlan]) -> None:
     for step in ("base", "mix"):
         a, b = plans[step].sources["a"], plans[step].sources["b"]

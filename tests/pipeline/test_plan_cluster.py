@@ -105,7 +105,15 @@ def test_the_plan_adds_up(published: Recipe) -> None:
     assert f"{hours * 128:,.4g}" in row
     assert f"{hours * 256:,.0f}" in row
     assert f"{2097152000000 / hours / 3600:,.0f}" in row
-    assert "teacher: its config.json is not on this machine" in text
+
+
+def test_what_a_missing_teacher_takes_is_not_hidden(published: Recipe) -> None:
+    """Without the teacher's sizes its steps, and all together, take more than what is printed."""
+    text = printed(published, Cluster(gpus=128, price=2.0))
+    rows = {line.split("│")[1].strip(): line for line in text.partition("memory of one GPU")[0].splitlines() if "│" in line}
+    assert [name for name, row in rows.items() if "> " in row] == ["midtrain1", "midtrain2", "together"]
+    assert "midtrain1: memory and hours without the teacher" in text
+    assert "Llama-3.1-8B-Instruct/config.json is not on this machine" in text
 
 
 def test_what_fits_stays_as_it_is(published: Recipe) -> None:
@@ -133,7 +141,15 @@ def test_a_batch_that_can_not_be_spread(published: Recipe) -> None:
         need(published, "pretrain1", Cluster(gpus=96))
     with pytest.raises(ParallelError, match="set micro_batch to 8"):
         need(published, "pretrain1", Cluster(gpus=256))
-    assert "pretrain1 can not run like this" in printed(published, Cluster(gpus=96))
+    text = printed(published, Cluster(gpus=96))
+    assert "pretrain1 can not run like this" in text
+    assert "use 64 GPUs" in text
+    assert "GPU-hours" not in text  # what can not run has no price
+
+
+def test_fp32_is_not_planned_at_the_speed_of_bf16_in_silence() -> None:
+    assert "in fp32 a h100 has a peak of 66.9 TFLOP/s" in printed(load_recipe("quickstart"), Cluster(gpus=2))
+    assert "in fp32" not in printed(load_recipe("quickstart"), Cluster(gpus=2, tflops=10.0))
 
 
 def test_cluster_files(tmp_path: Path) -> None:
@@ -150,7 +166,7 @@ def test_cluster_files(tmp_path: Path) -> None:
     ("wrong", "words"),
     [
         ([], "--cluster FILE or --gpus N"), (["--gpus", "0"], "gpus"), (["--gpus", "12"], "whole machines"), (["--gpus", "8", "--gpu", "voodoo2"], "known ratings: gb200"),
-        (["--gpus", "8", "--mfu", "1.5"], "mfu"), (["--gpus", "8", "--tflops", "nan"], "tflops"), (["--gpus", "8", "--tflops", "0"], "tflops"), (["--cluster", "no.yaml"], "no such file"),
+        (["--gpus", "8", "--mfu", "1.5"], "mfu"), (["--gpus", "8", "--memory", "1 GiB"], "smaller reserve"), (["--gpus", "8", "--tflops", "nan"], "tflops"), (["--gpus", "8", "--tflops", "0"], "tflops"), (["--cluster", "no.yaml"], "no such file"),
     ],
 )  # fmt: skip
 def test_impossible_clusters(wrong: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,4 +4,5 @@
 # after SIGTERM, which is less than a checkpoint may take.
 set -euo pipefail
 export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun does it; unset, each process would start a thread for every core
 exec "$@"

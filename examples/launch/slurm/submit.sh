@@ -4,9 +4,13 @@
 #   DATA_ROOT=/data MODELS_ROOT=/models NODES=16 bash examples/launch/slurm/submit.sh --time=24:00:00
 # Environment: RECIPE (default mobilellm_r1_140m), NODES for steps on GPUs (default 16), RUNS on a shared file system (default runs),
 # and what step.sbatch reads. Everything on the command line is handed to sbatch: partition, account, time limit.
-# Submit again after a failure: complete steps end in seconds.
+# When a step fails, the jobs behind it are cancelled. Submit again: complete steps end in seconds.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+if ! [[ "${NODES:-16}" =~ ^[1-9][0-9]*$ ]]; then
+  echo "NODES is the number of machines of the steps on GPUs, 1 or more; found: $NODES" >&2
+  exit 2
+fi
 steps="$(megatron-r1 steps "${RECIPE:-mobilellm_r1_140m}")"
 last=""
 
@@ -15,7 +19,7 @@ while read -r step stage; do
     train | influence) single=0 nodes="${NODES:-16}" ;;
     *) single=1 nodes=1 ;;
   esac
-  last="$(sbatch --parsable --job-name "r1-$step" --nodes "$nodes" ${last:+--dependency="afterok:${last%%;*}"} \
+  last="$(sbatch --parsable --job-name "r1-$step" --nodes "$nodes" --kill-on-invalid-dep=yes ${last:+--dependency="afterok:${last%%;*}"} \
     --export=ALL,STEP="$step",SINGLE="$single",LAUNCH="$here" "$@" "$here/step.sbatch" < /dev/null)"
   echo "$step: job ${last%%;*}"
 done <<< "$steps"
