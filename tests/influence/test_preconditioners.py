@@ -246,9 +246,14 @@ class Shards:
         return Documents(found)
 
 
+class Ids(list[str]):
+    def take(self, rows: list[int]) -> list[str]:
+        return [self[i] for i in rows]
+
+
 class Documents:
     def __init__(self, found: list[np.ndarray]) -> None:
-        self.found, self.lengths, self.ids = found, [len(d) for d in found], [str(i) for i in range(len(found))]
+        self.found, self.lengths, self.ids = found, [len(d) for d in found], Ids(map(str, range(len(found))))
 
     def __len__(self) -> int:
         return len(self.found)
