@@ -199,8 +199,10 @@ def _join(target: torch.device) -> None:
     backend = _device.backend(target)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, world = next(rendezvous("env://", timeout=_TIMEOUT))
-        # torchrun's store outlives workers that it starts anew: without a prefix of their own these read the addresses of the dead.
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store outlives workers that it starts anew: without a prefix of their own these read the addresses of the dead. On several
+            # machines the torchruns may count differently (one whose workers only hang counts nothing): there examples/launch turns the shared store off.
+            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
     else:
         # A store in memory: no port, no file, so any number of single processes can run side by side.

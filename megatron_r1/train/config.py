@@ -133,6 +133,7 @@ class SftConfig(Frozen):
     """Fine-tuning on conversations."""
 
     mask: Literal["assistant", "all"] = Field("assistant", description="tokens that are targets: the assistant's (with its <|eot_id|>) or all of a conversation")
+    too_long: Literal["cut", "error"] = Field("cut", description="conversations longer than seq_length: cut, they lose their end, counted in the log and the summary; error, nothing is trained")
 
 
 class GroupDroConfig(Frozen):

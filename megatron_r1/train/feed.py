@@ -269,8 +269,16 @@ def _order(config: TrainConfig, pieces: list[tuple[int, dict[str, float]]], cont
 
 
 def _open_sft(config: TrainConfig, shards: ShardSet, weights: dict[str, float] | None, seed: int) -> TrainingData:
-    names = [name for name in (weights or shards.sources) if len(shards.split(name))]
-    dataset = SftDataset({name: shards.split(name) for name in names}, int(config.seq_length), seed, shards.tokenizer.pad_id, weights, config.sft.mask)
+    names, length = [name for name in (weights or shards.sources) if len(shards.split(name))], int(config.seq_length)
+    if config.sft.too_long == "error":
+        longer = {name: count for name in names if (count := int((shards.split(name).lengths > length + 1).sum()))}
+        if longer:
+            raise DataError(
+                expected=f"conversations of at most {length + 1} tokens (seq_length and one), because sft.too_long is error",
+                found=f"{sum(longer.values())} longer ones ({', '.join(f'{name} {count}' for name, count in longer.items())}), up to {max(int(shards.split(name).lengths.max()) for name in longer)} tokens",
+                fix="raise seq_length, leave them out of the corpus, or set sft.too_long: cut",
+            )
+    dataset = SftDataset({name: shards.split(name) for name in names}, length, seed, shards.tokenizer.pad_id, weights, config.sft.mask)
     for what, counts in (("cut to seq_length", dataset.truncated), ("left out for having no target", dataset.without_target)):
         if sum(counts.values()):
             log.warning("sft: %d conversations %s (%s)", sum(counts.values()), what, ", ".join(f"{name} {count}" for name, count in counts.items() if count))

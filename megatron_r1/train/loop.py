@@ -199,13 +199,13 @@ class Trainer:
         """Forward, backward, update. Returns whether any rank was asked to stop."""
         began = time.perf_counter()
         lr = learning_rate(self.step, self.total, self.warmup, self.config.lr) * self.guard.lr_factor(self.step + 1)
+        if self.step in self._new_shares:  # also where the step itself is left out
+            self.guard.forget()
         if self.guard.leaves_out(self.step + 1):
             self.step += 1
             self.guard.skipped.append(self.step)
             self.last = StepOutcome(float("nan"), float("nan"), lr, 0, False, 0.0)
             return self._any(stop.requested)
-        if self.step in self._new_shares:
-            self.guard.forget()
         self.phase = "data"
         batches = self.feed.step(self.step)
         self.phase = "preparation"

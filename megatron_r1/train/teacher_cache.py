@@ -19,6 +19,8 @@ from megatron_r1.utils.logging import get_logger, progress
 log = get_logger("train.teacher")
 CHUNK_TOKENS = 1 << 15
 """Tokens of one chunk: what an interruption can cost."""
+_CHECKED = 64
+"""Chunks that a rank reads before the ranks tell each other what is missing."""
 
 
 def fill(cache: TopKCache, dataset: Dataset, open_teacher: Callable[[], Teacher | None], config: TrainConfig, shard: VocabShard, ctx: ParallelContext) -> None:
@@ -29,7 +31,7 @@ def fill(cache: TopKCache, dataset: Dataset, open_teacher: Callable[[], Teacher 
     if ctx.is_main:
         cache.prepare()
     ctx.barrier()
-    missing: list[int] = ctx.broadcast_object([chunk for chunk in range(cache.chunks) if not cache.complete(chunk)] if ctx.is_main else None)
+    missing = _missing(cache, ctx)
     log.info("teacher cache: top %d of %d samples, %.1f MiB on disk; %d of %d chunks to compute", cache.top_k, cache.samples, cache.nbytes / 2**20, len(missing), cache.chunks)
     if not missing:
         return
@@ -43,6 +45,17 @@ def fill(cache: TopKCache, dataset: Dataset, open_teacher: Callable[[], Teacher 
             # Every round: a single barrier at the end would outlast the process group's timeout.
             ctx.barrier()
             bar.advance(sum(len(cache.rows(chunk)) for chunk in group) * cache.seq_length)
+
+
+def _missing(cache: TopKCache, ctx: ParallelContext) -> list[int]:
+    """Numbers of the chunks that are not there or not whole, rising, on every rank. Collective: every rank reads its share."""
+    found: list[int] = []
+    for first in range(0, cache.chunks, _CHECKED * ctx.world_size):
+        mine = range(first + ctx.rank, min(first + _CHECKED * ctx.world_size, cache.chunks), ctx.world_size)
+        # Now and then: what a single exchange at the end would wait for can outlast the process group's timeout.
+        for part in ctx.everywhere(lambda mine=mine: [chunk for chunk in mine if not cache.complete(chunk)]):
+            found += part
+    return sorted(found)
 
 
 def _compute(cache: TopKCache, chunk: int, dataset: Dataset, teacher: Teacher, config: TrainConfig, shard: VocabShard, ctx: ParallelContext) -> None:

@@ -235,6 +235,17 @@ def test_new_shares_are_no_spike(tmp_path, shards, monkeypatch):
     assert CheckpointSet.open(train(tmp_path, config, shards=shards)).journal() == []
 
 
+def test_new_shares_are_no_spike_where_a_rollback_left_their_first_step_out(tmp_path, shards, monkeypatch):
+    """Step 5 is the first with other shares, and wrong; after the rollback the losses before it are no measure for step 8."""
+    config = train_settings(
+        budget="12 steps", sources={"alpha": 1.0}, schedule=[{"start": "512 tokens", "sources": {"beta": 1.0}}], guard=LADDER | {"window": 8}, checkpoints={"every": "2 steps", "keep": 3}
+    )
+    inject(monkeypatch, dict.fromkeys((5, 6, 7), NAN) | dict.fromkeys(range(8, 13), 1e6))
+    found = CheckpointSet.open(train(tmp_path, config, shards=shards))
+    assert [(record["step"], record["decision"]) for record in found.journal()] == [(5, "skip"), (6, "hold"), (7, "rollback")]
+    assert [record["applied"] for record in found.ledger()] == [True] * 4 + [False] * 3 + [True] * 5
+
+
 def test_ranks_that_disagree_are_brought_together(monkeypatch):
     """`_agree` on the numbers of three ranks at once, with an all-reduce that sees them all."""
     ranks = [(2.0, 1.0), (2.5, INF), (NAN, 1.0)]

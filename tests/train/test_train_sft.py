@@ -17,6 +17,7 @@ from megatron_r1.ops.attention_cores import CORE_VARIABLE
 from megatron_r1.parallel.config import LayoutConfig
 from megatron_r1.parallel.context import initialize
 from megatron_r1.train.objectives import Objective
+from megatron_r1.utils.errors import DataError
 
 MODEL = ModelConfig.model_validate("nano").replace(init_std=0.2)
 
@@ -82,6 +83,24 @@ def test_the_loss_of_a_packed_row_is_that_of_its_conversations_alone(ctx, chat, 
         targets += int(learn[1:].sum()) if mask == "assistant" else len(losses)
     assert batch["loss_mask"].sum() == targets
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_conversations_longer_than_the_context(tmp_path, shards, messages):
+    """Cut and counted, or refused before the first step."""
+    short = {"objective": "sft", "sources": {"chat": 1.0}, "seq_length": "32 tokens", "global_batch": "128 tokens", "budget": "1 steps"}
+    lengths = ShardSet.open(shards).split("chat").lengths
+    over = int((lengths > 33).sum())
+    assert over > 0
+    with pytest.raises(DataError, match=rf"found: {over} longer ones \(chat {over}\), up to {lengths.max()} tokens(?s:.)*sft.too_long: cut"):
+        train(tmp_path, settings(**short, sft={"too_long": "error"}), "refused", shards=shards)
+    assert not list(tmp_path.rglob("ledger.jsonl"))
+    artifact = train(tmp_path, settings(**short), "cut", shards=shards)
+    counted = [sum(artifact.manifest.summary[name].values()) for name in ("conversations_cut", "conversations_without_target")]
+    assert all(counted)
+    assert sum(counted) == over
+    assert any(f"{counted[0]} conversations cut to seq_length" in message for message in messages)
+    enough = int(lengths.max()) - 1
+    train(tmp_path, settings(**{**short, "seq_length": f"{enough} tokens", "global_batch": f"{enough} tokens", "micro_batch": 1}, sft={"too_long": "error"}), "fits", shards=shards)
 
 
 @pytest.mark.slow

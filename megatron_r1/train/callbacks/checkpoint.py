@@ -88,8 +88,8 @@ class Checkpoints(Callback):
             if pending.close():
                 return
             found = "it needs the other processes to be completed"
-        except R1Error as error:
-            found = error.found
+        except (R1Error, OSError) as error:
+            found = error.found if isinstance(error, R1Error) else str(error)
         log.warning("%s was being written when training failed, and is lost: %s", pending.path.name, found)
 
     def _drop_old(self, trainer: Trainer) -> None:
