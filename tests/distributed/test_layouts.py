@@ -1,4 +1,4 @@
-"""Two processes under gloo give the single process's losses and gradient norms: every layout, in one start of processes."""
+"""Two, four and eight processes under gloo give the single process's losses and gradient norms: every layout, in one start of processes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ LOADS = {"tensor": TENSOR, "pipeline": PIPELINE, "sharded": SHARDED, "context": 
 
 def base(name: str) -> dict[str, Any]:
     """The single process's options for a case: the objective and model, not the way of computing them."""
-    options = dict((CASES | COMBINED)[name].get("options", {}))
+    options = dict((CASES | COMBINED | TRIPLE)[name].get("options", {}))
     options.pop("recompute", None)
     return options
 
@@ -203,6 +203,18 @@ COMBINED: dict[str, dict[str, Any]] = {
     "context x interleaved pipeline": {"layout": {"context": 2, "pipeline": 2, "virtual_pipeline": 2}},
 }
 
+# Three degrees at once, as large models are trained.
+TRIPLE: dict[str, dict[str, Any]] = {
+    "tensor x pipeline x data, sequence, sharded, overlap": {
+        "layout": {"tensor": 2, "pipeline": 2, "sequence_parallel": True, "distributed_optimizer": True, "overlap": True},
+    },
+    "tensor x interleaved pipeline x data, sequence, recompute": {
+        "layout": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence_parallel": True}, "options": {"recompute": True},
+    },
+    "tensor x context x data, sequence, sharded": {"layout": {"tensor": 2, "context": 2, "sequence_parallel": True, "distributed_optimizer": True}},
+    "tensor x context x pipeline": {"layout": {"tensor": 2, "context": 2, "pipeline": 2}},
+}
+
 
 @pytest.fixture(scope="module")
 def four(single: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
@@ -231,4 +243,29 @@ def test_combined_degrees_equal_single_process(name: str, single: dict[str, Any]
 def test_combined_degrees_load_and_resume(single: dict[str, Any], four: list[dict[str, Any]]) -> None:
     for rank in four:
         assert rank["resume all"] is True
+        close(rank["load all"], single["continued"], norms=1e-5)
+
+
+@pytest.fixture(scope="module")
+def eight(single: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    arguments = {"cases": TRIPLE, "load": {"all": {"layout": TRIPLE["tensor x pipeline x data, sequence, sharded, overlap"]["layout"], "path": str(single["checkpoint"])}}}
+    folder = tmp_path_factory.mktemp("eight")
+    results = launch(Path(__file__).with_name("worker.py"), 8, folder, arguments, timeout=480)
+    for result in results:
+        result["folder"] = str(folder)
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRIPLE)
+def test_three_degrees_equal_single_process(name: str, single: dict[str, Any], eight: list[dict[str, Any]]) -> None:
+    expected = single["steps"][str(sorted(base(name).items()))]
+    for rank in eight:
+        close(rank[name], expected)
+    same_gradients(eight[0]["folder"], name, single)
+
+
+@pytest.mark.slow
+def test_three_degrees_load(single: dict[str, Any], eight: list[dict[str, Any]]) -> None:
+    for rank in eight:
         close(rank["load all"], single["continued"], norms=1e-5)
