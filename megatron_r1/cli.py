@@ -38,11 +38,11 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu", metavar="NAME", help="which GPU (default: h100)")
     plan.add_argument("--memory", metavar="SIZE", help="memory of one GPU, such as '80 GiB' (default: the data sheet's)")
     plan.add_argument("--mfu", type=float, metavar="X", help="share of the peak that training is assumed to sustain (default: 0.35)")
-    plan.add_argument("--tflops", type=float, metavar="X", help="TFLOP/s one GPU sustains, measured (read it from a training log), instead of --mfu")
+    plan.add_argument("--tflops", type=float, metavar="X", help="TFLOP/s one GPU sustains, measured, instead of --mfu (a training log has mfu)")
     plan.add_argument("--price", type=float, metavar="X", help="of one GPU for one hour; adds costs")
     plan.set_defaults(action=_plan)
 
-    steps = commands.add_parser("steps", help="list a recipe's steps in order, each with its stage: what launch scripts go through")
+    steps = commands.add_parser("steps", help="list a recipe's steps in order, each with its stage and whether many processes share its work: what launch scripts go through")
     steps.add_argument("recipe", help="a YAML file or the name of a shipped recipe")
     steps.set_defaults(action=_steps)
 
@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         from megatron_r1.pipeline.plan import print_plan
 
-        print_plan(recipe, options.runs_dir)
+        print_plan(recipe, options.runs_dir, options.only, options.until)
         return 0
     from megatron_r1.pipeline.runner import run_recipe
     from megatron_r1.pipeline.summary import print_summary
@@ -121,8 +121,9 @@ def _plan(options: argparse.Namespace) -> int:
 def _steps(options: argparse.Namespace) -> int:
     from megatron_r1.pipeline.recipe import load_recipe
 
-    for name, config in load_recipe(options.recipe).steps.items():
-        print(f"{name}\t{config.stage}")
+    recipe = load_recipe(options.recipe)
+    for name, config in recipe.steps.items():
+        print(f"{name}\t{config.stage}\t{'many' if recipe.stage(name).gains_from_processes(config) else 'one'}")
     return 0
 
 

@@ -17,9 +17,9 @@ all() {
 
 torchrun --standalone --nproc-per-node "${GPUS:-8}" -m megatron_r1 doctor --cluster --runs-dir "$runs" # can these GPUs train together?
 steps="$(megatron-r1 steps "$recipe")"
-while read -r step stage; do
-  case "$stage" in
-    train | influence) all "$step" < /dev/null ;; # the loop's list is not theirs to read
+while read -r step _ processes; do
+  case "$processes" in
+    many) all "$step" < /dev/null ;; # the loop's list is not theirs to read
     *) one "$step" < /dev/null ;;
   esac
 done <<< "$steps"

@@ -178,7 +178,7 @@ def run(runs: Path, needed: int) -> int:
 
 def _print(reports: Sequence[Report], speed: float, verdict: Verdict) -> None:
     first, hosts = reports[0], Counter(one.host for one in reports)
-    print(f"{len(reports)} processes on {len(hosts)} machines, {first.device}; code {first.code}, python {first.python}")
+    print(f"{len(reports)} process{'es' * (len(reports) > 1)} on {len(hosts)} machine{'s' * (len(hosts) > 1)}, {first.device}; code {first.code}, python {first.python}")
     print("  " + ", ".join(f"{name} {version}" for name, version in first.versions.items()))
     if first.nccl:
         print(f"  NCCL {'.'.join(map(str, first.nccl))}")

@@ -22,7 +22,7 @@ from megatron_r1.model.config import ModelConfig
 from megatron_r1.pipeline.derive import StepPlan, derive, model_of, right, size, teacher_of, together
 from megatron_r1.pipeline.memory import StageMemory, largest, shape_of
 from megatron_r1.pipeline.recipe import Recipe
-from megatron_r1.utils.devices import DEVICES, device
+from megatron_r1.utils.devices import device
 from megatron_r1.utils.errors import ConfigError, ParallelError
 
 DEFAULT_MFU = 0.35
@@ -35,15 +35,17 @@ class Cluster(Frozen):
     gpus: int = Field(gt=0, description="GPUs that work on one step")
     per_node: int = Field(8, gt=0, description="GPUs of one machine; tensor parallelism stays inside")
     gpu: str = Field("h100", description="device, a name of utils/devices.py; another one, such as cpu, needs memory and peak_tflops or tflops")
-    peak_tflops: float | None = Field(None, gt=0, description="10^12 FLOP/s of dense bf16 products at best; none: the data sheet's")
+    peak_tflops: float | None = Field(None, gt=0, description="10^12 FLOP/s of dense products at best, at the steps' precision; none: the data sheet's")
     memory: Bytes | None = Field(None, gt=0, description="memory of one GPU, such as '80 GiB'; none: the data sheet's")
     reserve: Bytes = Field(Bytes(4 << 30), ge=0, description="memory of a GPU that is not the training step's: runtime, communication buffers, fragmentation")
     mfu: float = Field(DEFAULT_MFU, gt=0, le=1, description="share of the peak that training sustains, in the sense of ModelConfig.flops_per_token (causal attention)")
-    tflops: float | None = Field(None, gt=0, allow_inf_nan=False, description="10^12 FLOP/s that one GPU sustains, measured (a training log says it); instead of mfu")
+    tflops: float | None = Field(None, gt=0, allow_inf_nan=False, description="10^12 FLOP/s that one GPU sustains, measured; instead of mfu")
     price: float | None = Field(None, ge=0, description="of one GPU for one hour, in any currency; none: no costs")
 
     @model_validator(mode="after")
     def _known(self) -> Cluster:
+        if self.tflops is not None and "mfu" in self.model_fields_set:
+            raise ValueError(f"expected mfu or tflops; found {self.mfu:g} and {self.tflops:g}; the speed is stated by one of them")
         if self.gpus > self.per_node and self.gpus % self.per_node:
             raise ValueError(f"expected gpus to be a multiple of per_node; found {self.gpus} and {self.per_node}; count whole machines")
         if self.memory is None or (self.peak_tflops is None and self.tflops is None):
@@ -52,25 +54,28 @@ class Cluster(Frozen):
             raise ValueError(f"expected more memory than reserve keeps back ({size(int(self.reserve))}); found {size(self.usable + int(self.reserve))}; state a smaller reserve in a cluster file")
         return self
 
-    @property
-    def sustained(self) -> float:
+    def peak(self, precision: str | None = "bf16") -> float:
+        """10^12 FLOP/s of one GPU at best."""
+        return self.peak_tflops or (device(self.gpu).fp32 if precision == "fp32" else device(self.gpu).bf16)
+
+    def sustained(self, precision: str | None = "bf16") -> float:
         """FLOP/s of all GPUs together."""
-        one = self.tflops or self.mfu * (self.peak_tflops or device(self.gpu).bf16)
-        return self.gpus * one * 1e12
+        return self.gpus * (self.tflops or self.mfu * self.peak(precision)) * 1e12
 
     @property
     def usable(self) -> int:
         """Bytes of one GPU that a training step may take."""
         return int(self.memory or device(self.gpu).memory) - int(self.reserve)
 
-    def hours(self, flops: float) -> float:
+    def hours(self, flops: float, precision: str | None = "bf16") -> float:
         """All GPUs working together, without waiting for each other."""
-        return flops / self.sustained / 3600
+        return flops / self.sustained(precision) / 3600
 
     def describe(self) -> str:
         """One line."""
-        speed = f"{self.tflops:g} TFLOP/s each (given)" if self.tflops else f"{self.sustained / self.gpus / 1e12:.0f} TFLOP/s each (assumed: {100 * self.mfu:g} % of the peak)"
-        return f"{self.gpus} x {self.gpu} ({-(-self.gpus // self.per_node)} nodes), {speed}, {size(self.usable)} of memory for a step"
+        speed = f"{self.tflops:g} TFLOP/s each (given)" if self.tflops else f"{self.sustained() / self.gpus / 1e12:.0f} TFLOP/s each (assumed: {100 * self.mfu:g} % of the peak)"
+        nodes = -(-self.gpus // self.per_node)
+        return f"{self.gpus} x {self.gpu} ({nodes} node{'s' * (nodes > 1)}), {speed}, {size(self.usable)} of memory for a step"
 
 
 def load_cluster(path: Path | None, **given: Any) -> Cluster:
@@ -188,6 +193,9 @@ def print_cluster_plan(recipe: Recipe, cluster: Cluster, console: Console | None
         except ParallelError as error:
             notes.append(f"{plan.step} can not run like this: expected {error.expected}; found {error.found}; {error.fix}")
     notes += [f"{plan.step}: {note}" for plan in plans if plan.stage == "train" and plan.flops is None for note in plan.notes if "steps known" in note]
+    slow = [plan.step for plan in together(plans, recipe.families) if plan.flops and plan.precision == "fp32"]
+    if slow and cluster.tflops is None and cluster.peak_tflops is None:
+        notes.append(f"in fp32, so at {100 * cluster.mfu:g} % of {cluster.peak('fp32'):g} TFLOP/s: {', '.join(slow)}")
     # What can not run has no hours; a family is shown when any of its steps can.
     possible = [plan for plan in plans if plan.stage != "train" or plan.step in needs]
     if needs:
@@ -211,8 +219,6 @@ def _remarks(step: str, found: Need, cluster: Cluster, recipe: Recipe) -> Iterab
     layout = found.config.layout
     if found.config.precision == "fp8":
         yield f"{step}: memory and hours are those of bf16: what FP8 copies take and what FP8 products save was not measured"
-    if found.config.precision == "fp32" and cluster.gpu in DEVICES and cluster.tflops is None:
-        yield f"{step}: its hours are those of bf16; in fp32 a {cluster.gpu} has a peak of {DEVICES[cluster.gpu].fp32:g} TFLOP/s, not {DEVICES[cluster.gpu].bf16:g}: give --tflops"
     if layout.pipeline > 1:
         idle = (layout.pipeline - 1) / (found.microbatches * (layout.virtual_pipeline or 1))
         yield f"{step}: the pipeline's bubble adds {100 * idle:.0f} % to its hours"
@@ -231,7 +237,7 @@ def _times(plans: Iterable[StepPlan], needs: dict[str, Need], cluster: Cluster, 
         found = needs.get(plan.step)
         if found is None and plan.flops is None:
             continue
-        hours = None if plan.flops is None else cluster.hours(plan.flops)
+        hours = None if plan.flops is None else cluster.hours(plan.flops, plan.precision)
         known = not any("without the teacher" in note for note in plan.notes)
         complete &= known and hours is not None
         whole += hours or 0.0

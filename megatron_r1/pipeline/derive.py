@@ -69,6 +69,7 @@ class StepPlan:
     steps: int | None = None
     tokens: int | None = None
     flops: int | None = None
+    precision: str | None = None
     sizes: dict[str, int] = field(default_factory=dict)
     """What is written -> bytes."""
     sources: dict[str, SourcePlan] = field(default_factory=dict)
@@ -245,7 +246,7 @@ def _train(recipe: Recipe, step: str) -> dict[str, Any]:
         sizes["teacher cache (temporary)"] = tokens * config.distill.cache_top_k * TOP_K_BYTES
     return {
         "parameters": model.parameters(), "non_embedding_parameters": model.non_embedding_parameters(), "sequences_per_step": per_step,
-        "tokens_per_step": int(config.global_batch), "steps": steps, "tokens": tokens, "flops": flops, "sizes": sizes,
+        "tokens_per_step": int(config.global_batch), "steps": steps, "tokens": tokens, "flops": flops, "precision": config.precision, "sizes": sizes,
         "sources": _planned(recipe, config.inputs.shards, split, tokens), "notes": tuple(notes),
     }
 
@@ -304,7 +305,7 @@ def _influence(recipe: Recipe, step: str) -> dict[str, Any]:
         notes.append("FLOPs: without the probe losses of all checkpoints, by which some are chosen")
     return {
         "parameters": model.parameters(), "non_embedding_parameters": model.non_embedding_parameters(), "tokens": documents * length,
-        "flops": forwards * model.flops_per_token(length, training=False), "sizes": {"scores": stored}, "notes": tuple(notes),
+        "flops": forwards * model.flops_per_token(length, training=False), "precision": config.precision, "sizes": {"scores": stored}, "notes": tuple(notes),
     }
 
 
@@ -323,12 +324,13 @@ def _export(recipe: Recipe, step: str) -> dict[str, Any]:
 
 
 def together(plans: Iterable[StepPlan], families: Mapping[str, list[str]]) -> list[StepPlan]:
-    """One plan per family in the place of its first step: tokens, FLOPs and bytes of all, the rest where all agree."""
+    """One plan per family in the place of its first step: tokens, FLOPs and bytes of all that are given, the rest where all agree."""
     family_of = {name: (family, names) for family, names in families.items() for name in names}
     by_step = {plan.step: plan for plan in plans}
     found = []
     for plan in by_step.values():
         family, names = family_of.get(plan.step, ("", [plan.step]))
+        names = [name for name in names if name in by_step]
         if not family:
             found.append(plan)
         elif plan.step == min(names, key=list(by_step).index):
@@ -350,7 +352,7 @@ def _summed(label: str, plans: list[StepPlan]) -> StepPlan:
     return StepPlan(
         label, first.stage, f"{first.does}" + (f"  (so {first.step}, the others alike)" if len(plans) > 1 else ""),
         *(agreed([getattr(plan, name) for plan in plans]) for name in ("parameters", "non_embedding_parameters", "sequences_per_step", "tokens_per_step", "steps")),
-        tokens=total([plan.tokens for plan in plans]), flops=total([plan.flops for plan in plans]), sizes=sizes, sources=same or {}, notes=notes,
+        tokens=total([plan.tokens for plan in plans]), flops=total([plan.flops for plan in plans]), precision=agreed([plan.precision for plan in plans]), sizes=sizes, sources=same or {}, notes=notes,
     )  # fmt: skip
 
 

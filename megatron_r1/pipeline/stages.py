@@ -19,11 +19,17 @@ class Stage:
     """Kind of artifact it writes."""
     distributed: bool = False
     """Whether every rank takes part; otherwise rank 0 works and the others wait for the artifact."""
+    shared: bool = False
+    """Whether the ranks that take part share the work; of evaluate and export all load the model and one works."""
 
     def entered_by_all(self, config: StageConfig) -> bool:
         """Whether every rank takes part in this very step: some settings of a distributed stage run no model
         (`needs_model`), and then a rank that comes late must not open a workspace that rank 0 has already sealed."""
         return self.distributed and getattr(config, "needs_model", True)
+
+    def gains_from_processes(self, config: StageConfig) -> bool:
+        """Whether this very step is done sooner by more processes: what launch scripts ask."""
+        return self.shared and self.entered_by_all(config)
 
     @property
     def config(self) -> type[StageConfig]:
@@ -44,10 +50,10 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("corpus", "shards"),
-        Stage("probe", "probe", distributed=True),
-        Stage("influence", "influence", distributed=True),
-        Stage("mixture", "mixture", distributed=True),
-        Stage("train", "checkpoint", distributed=True),
+        Stage("probe", "probe", distributed=True, shared=True),
+        Stage("influence", "influence", distributed=True, shared=True),
+        Stage("mixture", "mixture", distributed=True, shared=True),
+        Stage("train", "checkpoint", distributed=True, shared=True),
         Stage("evaluate", "evaluation", distributed=True),
         Stage("export", "export", distributed=True),
         Stage("report", "report"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from megatron_r1.cli import main
 from megatron_r1.pipeline.cluster import Cluster
 from megatron_r1.pipeline.derive import StepPlan, derive, print_plans, size
 from megatron_r1.pipeline.recipe import load_recipe
@@ -402,3 +403,20 @@ def test_a_mixture_of_specialised_models_reads_a_table_for_each() -> None:
     # One capability of three, at five checkpoints: less than the same scores along all of them.
     alone = load_recipe("quickstart_specialists", ["steps.measured-code.capabilities=null"])
     assert plans["measured-code"].flops < next(plan.flops for plan in derive(alone) if plan.step == "measured-code")
+
+
+def test_a_dry_run_tells_only_of_the_steps_that_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*arguments: str) -> list[str]:
+        assert main(["run", *arguments, "--dry-run"]) == 0
+        steps = load_recipe(arguments[0]).steps
+        return [name for line in capsys.readouterr().out.splitlines() if (name := line.partition(": ")[0]) in steps]
+
+    assert told("quickstart") == list(load_recipe("quickstart").steps)
+    assert told("quickstart", "--until", "mix_uniform") == ["corpus", "mix_uniform"]
+    assert told("quickstart", "--only", "pretrain1") == ["pretrain1"]
+    assert main(["run", "baselines", "--dry-run", "--only", "left_out-*"]) == 0
+    assert "left_out-* (11)" in capsys.readouterr().out
+    assert main(["run", "baselines", "--dry-run", "--only", "left_out-web_wiki"]) == 0
+    assert "left_out-* (1)" in capsys.readouterr().out
+    assert main(["run", "quickstart", "--dry-run", "--until", "mix9"]) == 2
+    assert "'mix9'" in capsys.readouterr().err

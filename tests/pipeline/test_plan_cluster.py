@@ -91,7 +91,7 @@ def test_more_work_needs_more_and_what_saves_memory_saves_it(micro: int, length:
 
 def test_hours_and_costs_follow_from_speed() -> None:
     assert Cluster(gpus=4, per_node=4, tflops=0.5).hours(3600 * 2e12) == 1
-    assert Cluster(gpus=8, gpu="h100", mfu=0.5).sustained == pytest.approx(8 * 494.7e12)
+    assert Cluster(gpus=8, gpu="h100", mfu=0.5).sustained() == pytest.approx(8 * 494.7e12)
     assert Cluster(gpus=8, gpu="mine", tflops=100.0, memory=Bytes(64 << 30)).usable == 60 << 30
 
 
@@ -148,8 +148,10 @@ def test_a_batch_that_can_not_be_spread(published: Recipe) -> None:
 
 
 def test_fp32_is_not_planned_at_the_speed_of_bf16_in_silence() -> None:
-    assert "in fp32 a h100 has a peak of 66.9 TFLOP/s" in printed(load_recipe("quickstart"), Cluster(gpus=2))
+    assert Cluster(gpus=2, mfu=0.5).hours(3600 * 66.9e12, "fp32") == pytest.approx(1)
+    assert "in fp32, so at 35 % of 66.9 TFLOP/s: pretrain1, influence1," in printed(load_recipe("quickstart"), Cluster(gpus=2))
     assert "in fp32" not in printed(load_recipe("quickstart"), Cluster(gpus=2, tflops=10.0))
+    assert "in fp32" not in printed(load_recipe("mobilellm_r1_140m"), Cluster(gpus=2))
 
 
 def test_cluster_files(tmp_path: Path) -> None:
@@ -166,7 +168,7 @@ def test_cluster_files(tmp_path: Path) -> None:
     ("wrong", "words"),
     [
         ([], "--cluster FILE or --gpus N"), (["--gpus", "0"], "gpus"), (["--gpus", "12"], "whole machines"), (["--gpus", "8", "--gpu", "voodoo2"], "known ratings: gb200"),
-        (["--gpus", "8", "--mfu", "1.5"], "mfu"), (["--gpus", "8", "--memory", "1 GiB"], "smaller reserve"), (["--gpus", "8", "--tflops", "nan"], "tflops"), (["--gpus", "8", "--tflops", "0"], "tflops"), (["--cluster", "no.yaml"], "no such file"),
+        (["--gpus", "8", "--mfu", "1.5"], "mfu"), (["--gpus", "8", "--memory", "1 GiB"], "smaller reserve"), (["--gpus", "8", "--mfu", "0.4", "--tflops", "300"], "mfu or tflops"), (["--gpus", "8", "--tflops", "nan"], "tflops"), (["--gpus", "8", "--tflops", "0"], "tflops"), (["--cluster", "no.yaml"], "no such file"),
     ],
 )  # fmt: skip
 def test_impossible_clusters(wrong: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,5 +179,14 @@ def test_impossible_clusters(wrong: list[str], words: str, capsys: pytest.Captur
 def test_steps_are_listed_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["steps", "mobilellm_r1_140m"]) == 0
     listed = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert [name for name, _ in listed] == list(load_recipe("mobilellm_r1_140m").steps)
-    assert ["pretrain1", "train"] in listed
+    assert [name for name, *_ in listed] == list(load_recipe("mobilellm_r1_140m").steps)
+    assert {("pretrain1", "train", "many"), ("corpus_pretrain", "corpus", "one"), ("eval_final", "evaluate", "one")} <= {tuple(row) for row in listed}
+
+
+def test_steps_say_whose_work_processes_share(capsys: pytest.CaptureFixture[str]) -> None:
+    """A probe step with a language model as judge is shared, one without is not."""
+    probes = {}
+    for recipe in ("quickstart", "quickstart_judge"):
+        assert main(["steps", recipe]) == 0
+        probes[recipe] = next(line.split("\t")[2] for line in capsys.readouterr().out.splitlines() if line.split("\t")[1] == "probe")
+    assert probes == {"quickstart": "one", "quickstart_judge": "many"}
