@@ -172,7 +172,7 @@ def record(tmp_path: Path, script: str, *arguments: str, status: int = 0, srun: 
     real = f'#!/usr/bin/env bash\n[ "$1" = steps ] && exec {shlex.quote(sys.executable)} -m megatron_r1 "$@"\n'
     programs = {
         "megatron-r1": real + stub.split("\n", 1)[1], "torchrun": stub, "srun": stub + srun, "sbatch": stub + 'echo "$((RANDOM % 9000 + 1000));cluster"\n',
-        "scontrol": stub + "printf 'node1\\nnode2\\n'\n",
+        "scontrol": stub + "printf 'node1\\nnode2\\n'\n", "squeue": stub + 'echo "$TIME_LEFT"\n',
     }  # fmt: skip
     for name, text in programs.items():
         (tmp_path / name).write_text(text)
@@ -274,6 +274,13 @@ def test_a_rank_knows_its_place(tmp_path: Path) -> None:
 )
 def test_a_job_requeues_itself_on_one_status_only(tmp_path: Path, code: int, restarts: int, requeued: bool, status: int) -> None:
     calls = record(tmp_path, "slurm/step.sbatch", status=status, srun=f"exit {code}\n", CHECK="0", SLURM_RESTART_COUNT=str(restarts), **JOB)
+    assert (["scontrol", "requeue", "7"] in calls) == requeued
+
+
+@pytest.mark.parametrize(("left", "requeued"), [("2:41", True), ("9:59", True), ("10:00", False), ("3:02:41", False), ("1-00:02:41", False), ("UNLIMITED", False), ("", False)])
+def test_influence_requeues_itself_when_its_time_is_over(tmp_path: Path, left: str, requeued: bool) -> None:
+    """It has no handler of SIGTERM, and a process that crashes makes Slurm end the others with the same signal."""
+    calls = record(tmp_path, "slurm/step.sbatch", status=0 if requeued else 143, srun="exit 143\n", CHECK="0", TIME_LEFT=left, **JOB)
     assert (["scontrol", "requeue", "7"] in calls) == requeued
 
 
