@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         for source, epoch, document, first, tokens in documents_of_step(phase.data, phase.config.sequences_per_step, options.step - 1):
             print(f"{source}\t{epoch}\t{document}\t{phase.shards.split(source).ids[document]}\t{first}\t{tokens}")
     except R1Error as error:
-        print(error, file=sys.stderr)
+        print(f"ledger.py: {type(error).__name__}\n{error}", file=sys.stderr)
         return 1
     return 0
 

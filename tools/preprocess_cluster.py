@@ -62,6 +62,8 @@ def inputs(recipe: Recipe, step: str, folder: Path) -> dict[str, Any]:
 
 def workspace(args: argparse.Namespace) -> tuple[Workspace, Job]:
     """Where `megatron-r1 run` would make the step, and the job it would do there."""
+    if args.ranks < 1:
+        raise ConfigError(expected="--ranks of 1 or more", found=str(args.ranks), fix="give about the number of cores there will be")
     recipe = load_recipe(args.recipe, args.overrides)
     config = recipe.steps.get(args.step)
     if not isinstance(config, CorpusConfig):

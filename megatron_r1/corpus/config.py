@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from megatron_r1.config.base import HOW, Frozen, StageConfig, StepName
 from megatron_r1.config.units import Bytes, Samples, Tokens
+from megatron_r1.data.shards import Domain, Format
 
-Domain = Literal["code", "math", "knowledge", "web", "chat", "science", "noise"]
 Kind = Literal["embedded", "jsonl", "text", "parquet", "warc"]
 
 
@@ -31,7 +31,7 @@ class SourceConfig(Frozen):
     document: Literal["file", "paragraph", "line"] = Field("file", description="text: what one document is; paragraphs are separated by empty lines")
     domain: Domain | None = Field(None, description="kind of content; own files must say it, embedded corpora know it")
     distractor: bool | None = Field(None, description="planted noise; a label for the report, which no stage acts on")
-    format: Literal["text", "chat"] | None = Field(None, description="plain text, or conversations with a loss mask; own files: text unless said")
+    format: Format | None = Field(None, description="plain text, or conversations with a loss mask; own files: text unless said")
     max_bytes: Bytes | None = Field(None, description="stop after this much kept text; embedded corpora have a default, own files none (then the first documents are kept)")
     min_chars: int | None = Field(None, ge=0, description="drop shorter documents; by default 200 for text and 1 for chat")
     max_chars: int | None = Field(None, gt=0, description="drop longer documents; by default none is too long")

@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import os
 import shutil
-import tempfile
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,6 +26,7 @@ from megatron_r1.corpus.files import InputFile
 from megatron_r1.corpus.partitions import Partition, plan_partitions
 from megatron_r1.corpus.readers import Bad, read_partition
 from megatron_r1.corpus.tokenise import use_threads
+from megatron_r1.corpus.workers import end_with
 from megatron_r1.data.indexed import IndexedWriter, token_dtype
 from megatron_r1.data.shard_rewrite import placed
 from megatron_r1.data.tokenizer import IdsDiffer, Library, Tokenizer
@@ -80,12 +81,14 @@ def write_dataset(prefix: Path, source: SourceConfig, files: Sequence[InputFile]
     with disk_errors(prefix):
         prefix.parent.mkdir(parents=True, exist_ok=True)
         quarantine.unlink(missing_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=prefix.name + ".", suffix=".scratch", dir=prefix.parent))
     end = (opened.eos_id,) if append_eod and opened.eos_id is not None else ()
-    order = Order(source, files, tokenizer.resolve(), library, end, scratch)
     done = Done()
-    try:
-        with placed([prefix], force=True) as folder, IndexedWriter(folder / prefix.name, token_dtype(opened.vocab_size)) as writer:
+    with placed([prefix], force=True) as folder:
+        scratch = folder / "scratch"
+        order = Order(source, files, tokenizer.resolve(), library, end, scratch)
+        with disk_errors(scratch):
+            scratch.mkdir()
+        with IndexedWriter(folder / prefix.name, token_dtype(opened.vocab_size)) as writer:
             for number, part in _parts(order, plan_partitions("input", source, files, PARTITION_BYTES), workers):
                 _join(_scratch(scratch, number), writer, quarantine)
                 done += part
@@ -98,8 +101,8 @@ def write_dataset(prefix: Path, source: SourceConfig, files: Sequence[InputFile]
                     found=f"{done.bad} of {done.bad + done.documents}, listed in {quarantine}; the first: {first['file']}, byte {first['offset']}: {first['reason']}",
                     fix="mend them, or raise --max-bad-ratio",
                 )
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with disk_errors(scratch):
+            shutil.rmtree(scratch)
 
 
 def _parts(order: Order, plan: Sequence[Partition], workers: int) -> Iterator[tuple[int, Done]]:
@@ -111,7 +114,7 @@ def _parts(order: Order, plan: Sequence[Partition], workers: int) -> Iterator[tu
         yield from ((partition.number, _extract(order, partition, opened)) for partition in plan)
         return
     waiting: deque[tuple[int, Future[Done]]] = deque()
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (order,)) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (order, os.getpid())) as pool:
         try:
             for partition in plan:
                 waiting.append((partition.number, pool.submit(_work, partition)))
@@ -138,8 +141,10 @@ _state: tuple[Order, Tokenizer] | None = None
 """Of a worker process."""
 
 
-def _begin(order: Order) -> None:
+def _begin(order: Order, parent: int) -> None:
     global _state
+    # The pool's own processes wait for ever for one that was killed.
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     os.environ["RAYON_NUM_THREADS"] = "1"
     use_threads(1)
     _state = (order, _open(order))

@@ -14,10 +14,11 @@ import re
 import stat
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing import parent_process
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from pydantic import Field
 
@@ -27,6 +28,7 @@ from megatron_r1.utils.errors import DataError, EnvironmentProblem, R1Error
 from megatron_r1.utils.logging import get_logger
 
 log = get_logger("corpus.files")
+T = TypeVar("T")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 ENDINGS = {"jsonl": (".jsonl", ".json", ".ndjson"), "text": (".txt", ".text", ".md", ".rst", ".py"), "parquet": (".parquet",), "warc": (".warc", ".wet")}
 BLOCK = 1 << 20
@@ -179,7 +181,7 @@ def _local(path: Path) -> tuple[str, int, str]:
 
 def _local_files(pattern: str, endings: tuple[str, ...]) -> list[Path]:
     if os.path.isdir(pattern):
-        return [path for path in _walk(pattern) if _fits(path.name, endings)]
+        return _fitting(pattern, {str(path): path for path in _walk(pattern)}, endings)
     if os.path.exists(pattern):
         return [Path(pattern)]
     parts = Path(pattern).parts
@@ -215,6 +217,16 @@ def _refused(error: OSError) -> None:
     raise _problem(str(error.filename), error) from error
 
 
+def _fitting(folder: str, every: Mapping[str, T], endings: tuple[str, ...]) -> list[T]:
+    """Those of the files of a folder, by path, that have one of the endings. That others are there is said once."""
+    found = [item for path, item in every.items() if _fits(posixpath.basename(path), endings)]
+    if (others := len(every) - len(found)) and found and parent_process() is None:
+        kinds = Counter(posixpath.splitext(path)[1].lower() or "none" for path in every if not _fits(posixpath.basename(path), endings))
+        said = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(8))
+        log.warning("%s: %d files are read; %d are left out, whose endings are not among %s: %s", folder, len(found), others, ", ".join(endings), said)
+    return found
+
+
 def _fits(name: str, endings: tuple[str, ...]) -> bool:
     stem, suffix = posixpath.splitext(name)
     return (posixpath.splitext(stem)[1] if suffix.lower() in COMPRESSED else suffix).lower() in endings
@@ -235,7 +247,8 @@ def _remote_files(pattern: str, endings: tuple[str, ...]) -> list[tuple[str, int
                 return []
             if info["type"] == "file":
                 return [_described(pattern, info)]
-            entries = {path: info for path, info in filesystem.find(bare, detail=True).items() if _fits(path, endings) and "/." not in path.removeprefix(bare)}
+            every = {path: (path, info) for path, info in filesystem.find(bare, detail=True).items() if "/." not in path.removeprefix(bare)}
+            entries = dict(_fitting(pattern, every, endings))
         found = []
         for path, info in entries.items():
             if info["type"] == "file":

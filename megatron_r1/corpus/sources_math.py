@@ -17,7 +17,6 @@ from megatron_r1.utils.errors import EnvironmentProblem
 
 LIBRARIES = ("sympy", "mpmath", "networkx")
 SKIPPED = {"tests", "benchmarks", "__pycache__"}
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def _folder(library: str) -> Path | None:

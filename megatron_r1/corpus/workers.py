@@ -149,7 +149,7 @@ def _work(pipe: Connection, job: Job, parent: int) -> None:
     """What a worker does until it is told no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     os.environ["RAYON_NUM_THREADS"] = "1"
     use_threads(1)
     desk, at, tasks = Desk(job), "", dict[str, Task]()
@@ -186,8 +186,8 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _end_with(parent: int) -> None:
-    """A worker without the process it works for ends: another run may already do its task."""
+def end_with(parent: int) -> None:
+    """End this process, a worker, soon after the one it works for: another run may already do its task. For a thread of its own."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

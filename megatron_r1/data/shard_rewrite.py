@@ -6,17 +6,20 @@ the same bytes.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import itertools
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from megatron_r1.artifacts.base import MANIFEST, Artifact, Workspace, open_artifact, step_fingerprint
 from megatron_r1.data.documents import ROWS, DocumentsWriter
@@ -31,6 +34,7 @@ from megatron_r1.data.shards import (
     SplitRecord,
     TokenizerReference,
     describe,
+    prefix_of,
 )
 from megatron_r1.utils.errors import ConfigError, DataError
 from megatron_r1.utils.io import atomic_write_json, disk_errors, fsync_directory, require_free_space
@@ -107,7 +111,12 @@ def placed(prefixes: Sequence[Path], force: bool) -> Iterator[Path]:
     if taken and not force:
         raise ConfigError(expected="an output that does not exist yet", found=taken[0], fix="choose another name, or allow it to be replaced (--force)")
     home = prefixes[0].parent
-    folder = home / f".{prefixes[0].name}.{os.getpid()}.tmp"
+    begin = f".{prefixes[0].name}.{socket.gethostname()}."
+    folder = home / f"{begin}{os.getpid()}.tmp"
+    for left in home.glob(f"{glob.escape(begin)}*.tmp"):
+        # Of a process that was killed: it may be as large as the output. (Numbers of processes come again, in containers mostly.)
+        if (pid := left.name[len(begin) : -len(".tmp")]).isdecimal() and (left == folder or not psutil.pid_exists(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         with disk_errors(folder):
             folder.mkdir(parents=True)
@@ -129,7 +138,7 @@ def merge_datasets(inputs: Sequence[Path], output: Path, force: bool = False) ->
 
     Raises DataError for damaged input and for different tokenizers, ConfigError when the output exists, EnvironmentProblem when it can not be written.
     """
-    shards = [Shard.at(path) for path in inputs]
+    shards, output = [Shard.at(path) for path in inputs], prefix_of(output)
     _require_alike(shards)
     with placed([output], force) as folder:
         require_free_space(folder, _size(shards))

@@ -29,7 +29,6 @@ from megatron_r1.utils.errors import ArtifactError, DataError, R1Error
 from megatron_r1.utils.io import read_json
 
 SPLITS = ("train", "probe", "test", "control")
-DOMAINS = ("code", "math", "knowledge", "web", "chat", "science", "noise")
 Domain = Literal["code", "math", "knowledge", "web", "chat", "science", "noise"]
 Format = Literal["text", "chat"]
 SOURCES_FILE = "sources.json"
@@ -76,6 +75,11 @@ def describe(prefix: Path, bytes: int, fix: str = AGAIN) -> SplitRecord:
             files[suffix] = [path.stat().st_size, zlib.crc32(crc_path(path).read_bytes()) if crc_path(path).is_file() else NO_SUMS]
     index = Index(suffixed(prefix, ".idx"), fix=fix)
     return SplitRecord(documents=index.documents, tokens=index.tokens, bytes=bytes, files=files)
+
+
+def prefix_of(path: Path) -> Path:
+    """The prefix of a dataset that may be named by one of its files."""
+    return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
 
 
 class TokenizerReference(Frozen):
@@ -144,9 +148,7 @@ class Shard:
 
         Raises DataError when damaged; without checksums, only what contradicts itself is damaged.
         """
-        prefix = Path(prefix)
-        if prefix.suffix in (".bin", ".idx"):
-            prefix = prefix.with_suffix("")
+        prefix = prefix_of(Path(prefix))
         record = describe(prefix, 0, REMAKE)
         shard = cls(prefix, record, label, REMAKE)
         if ".docs.parquet" in record.files:

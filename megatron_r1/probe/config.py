@@ -151,8 +151,8 @@ class RulesConfig(Frozen):
         default=0.7,
         gt=0,
         le=1,
-        description="a window whose estimated Jaccard similarity of token 5-grams to an already kept window reaches "
-        "this is dropped",
+        description="a window that has this share of its different token 5-grams or more in common with an already kept window is dropped (estimated; "
+        "of two windows the share of the one with more n-grams counts)",
     )
     ngram: int = Field(
         default=13,

@@ -12,20 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.data.ngrams import ngram_hashes
+from megatron_r1.data.ngrams import minhash, ngram_hashes
 
 FILTER_BITS = 22
 SKETCH = 64
 SHINGLE = 5
 
 
-def sketch(tokens: np.ndarray) -> np.ndarray:
-    """The smallest distinct hashes of the 5-grams of a window (bottom-k sketch), uint64 [<= SKETCH]."""
-    return np.unique(ngram_hashes(tokens, min(SHINGLE, len(tokens))))[:SKETCH]
-
-
 class NearDuplicates:
-    """Remembers kept windows and tells whether another is nearly the same (estimated Jaccard of 5-grams)."""
+    """Remembers kept windows and tells whether another is nearly the same: how large a share of the different 5-grams of the one with
+    more of them both have, estimated from the smallest hashes. (Of windows of one size with Jaccard similarity J that is 2J / (1 + J).)"""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
@@ -34,9 +30,9 @@ class NearDuplicates:
 
     def seen(self, tokens: np.ndarray) -> bool:
         """True when the window reaches the threshold against a kept one; otherwise it is kept and remembered."""
-        values = sketch(tokens).tolist()
+        values = minhash(tokens, SHINGLE, SKETCH).tolist()
         shared = Counter(owner for value in values for owner in self._owners.get(value, ()))
-        # Both sketches hold the smallest hashes, so the shared part of a sketch estimates the shared part of the sets.
+        # Both sketches hold the smallest hashes: of the shared n-grams those that are small in the larger set, too.
         if shared and max(shared.values()) >= self.threshold * len(values):
             return True
         for value in values:

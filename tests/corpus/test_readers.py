@@ -41,7 +41,7 @@ def test_bad_lines_are_named_with_their_offset(tmp_path):
     assert f"byte {offsets[2] + LINES[2].index(0xFF)}" in bad[1].reason
 
 
-def test_compressed_files_and_folders(tmp_path):
+def test_compressed_files_and_folders(tmp_path, caplog):
     (tmp_path / "sub").mkdir()
     with gzip.open(tmp_path / "sub" / "b.jsonl.gz", "wb") as stream:
         stream.write(b'{"text": "zipped"}\n')
@@ -50,6 +50,8 @@ def test_compressed_files_and_folders(tmp_path):
     settings = source(path=str(tmp_path))
     files = find_files("s", settings)
     assert [file.name for file in files] == ["a.jsonl", "sub/b.jsonl.gz"]
+    assert "2 files are read; 1 are left out" in caplog.text
+    assert ".csv (1)" in caplog.text
     good, bad = collect(settings, *files)
     assert [(document.id, document.text) for document in good] == [("a.jsonl:0", "plain"), ("sub/b.jsonl.gz:0", "zipped")]
     assert not bad

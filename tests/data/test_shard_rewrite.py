@@ -50,7 +50,7 @@ def test_merging_datasets(tmp_path):
     assert files(tmp_path / "out") == before
     merge_datasets([a.prefix, b.prefix], tmp_path / "out" / "both", force=True)
     assert files(tmp_path / "out") == before
-    merge_datasets([both.prefix, both.prefix], both.prefix, force=True)
+    merge_datasets([both.prefix, both.prefix], both.prefix.with_name("both.bin"), force=True)
     assert len(Shard.at(both.prefix)) == 10
 
 

@@ -219,6 +219,17 @@ def test_near_duplicates_keep_different_documents() -> None:
     assert not any(near.seen(CODE(draw, 60)) for _ in range(20))
 
 
+@pytest.mark.parametrize(("kept", "shared", "seen"), [(1000, 800, True), (1000, 400, False), (2000, 800, False), (500, 500, False)])
+def test_near_duplicates_are_counted_in_the_larger_window(kept: int, shared: int, seen: bool) -> None:
+    """Windows of 1000 tokens, `shared` of them from one of `kept` tokens; threshold 0.7, four out of five draws."""
+    found, draw = [], np.random.default_rng(2)
+    for _ in range(40):
+        near, tokens = NearDuplicates(0.7), draw.integers(0, 1 << 16, kept + 1000)
+        assert not near.seen(tokens[:kept])
+        found.append(near.seen(np.concatenate([tokens[:shared], tokens[kept : kept + 1000 - shared]])))
+    assert abs(np.mean(found) - seen) < 0.2
+
+
 def test_describe_names_the_capabilities() -> None:
     assert (
         describe(probe_config()) == "pick 6 held-out windows of up to 32 tokens for each of code, math from 3 sources"

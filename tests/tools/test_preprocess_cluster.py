@@ -137,5 +137,7 @@ def test_what_is_refused(tmp_path, tool, recipe, capsys):
     flags = [str(recipe), "--runs-dir", str(tmp_path / "runs"), "--executor", "local", "--ranks", "1"]
     assert tool.main([*flags, "--step", "nothing"]) == 1
     assert "corpus, later" in capsys.readouterr().err
+    assert tool.main([*flags, "--step", "corpus", "--ranks", "0"]) == 1
+    assert "--ranks of 1" in capsys.readouterr().err
     assert tool.main([*flags, "--step", "later"]) == 1
     assert "complete artifact" in capsys.readouterr().err

@@ -2,10 +2,14 @@
 
 import importlib.util
 import json
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_r1.data.bpe import train_bpe
@@ -90,6 +94,26 @@ def test_a_library_that_turns_out_wrong_leaves_no_trace(tmp_path, setting, monke
     assert "tokenised again" in caplog.text
 
 
+def test_workers_end_with_the_process_they_work_for(setting, tmp_path):
+    flags = setting[2]
+    script = (
+        "import runpy, sys; import megatron_r1.corpus.direct as direct; direct.PARTITION_BYTES = 500\n"
+        "direct._join = lambda paths, writer, quarantine: (print('joined', flush=True), __import__('time').sleep(600))\n"
+        f"sys.argv = {['preprocess_data.py', *flags, '--workers', '2']!r}\n"
+        f"if __name__ == '__main__': runpy.run_path({str(TOOLS / 'preprocess_data.py')!r}, run_name='__main__')\n"
+    )
+    (tmp_path / "slow.py").write_text(script)
+    process = subprocess.Popen([sys.executable, tmp_path / "slow.py"], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        assert process.stdout.readline() == "joined\n"
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) >= 2
+    finally:
+        process.kill()
+        process.wait()
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -118,11 +142,14 @@ def test_a_dataset_of_the_same_name_is_replaced_by_a_whole_one_or_not_at_all(set
         with pytest.raises(ZeroDivisionError):
             tool.main(flags)
     assert outputs(tmp_path / "out") == before
+    # What a killed process of this machine left is removed, what a living one writes is not.
+    for pid in (os.getppid(), os.getpid(), 2**22 + 1):
+        (tmp_path / "out" / f".d_text_document.{socket.gethostname()}.{pid}.tmp").mkdir()
     # What another tool laid beside the old one would contradict the new one.
     (tmp_path / "out" / "d_text_document.docs.parquet").write_bytes(b"of the old one")
     assert tool.main(flags) == 0
     assert [part.tolist() for part in documents(tmp_path / "out" / "d_text_document")] == [tokenizer.encode("other")]
-    assert set(outputs(tmp_path / "out")) == set(before)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*before, f".d_text_document.{socket.gethostname()}.{os.getppid()}.tmp"}
 
 
 def test_bad_lines_are_listed(setting, tmp_path, capsys):
