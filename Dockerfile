@@ -2,7 +2,8 @@
 # GPU image on NVIDIA's PyTorch base, which brings torch, CUDA and Transformer Engine. The base is named at build time,
 # with its registry and tag:
 #   docker build --build-arg BASE=REGISTRY/nvidia/pytorch:TAG -t megatron-r1 .
-#   docker run --gpus all --shm-size 8g -v "$PWD/runs:/trainer/runs" megatron-r1 recipes
+#   mkdir -p runs
+#   docker run --gpus all --shm-size 8g --user "$(id -u):$(id -g)" -e HOME=/tmp -v "$PWD/runs:/trainer/runs" megatron-r1 recipes
 ARG BASE
 FROM ${BASE}
 

@@ -24,6 +24,7 @@ from megatron_r1.pipeline.memory import StageMemory, largest, shape_of
 from megatron_r1.pipeline.recipe import Recipe
 from megatron_r1.utils.devices import device
 from megatron_r1.utils.errors import ConfigError, ParallelError
+from megatron_r1.utils.logging import human
 
 DEFAULT_MFU = 0.35
 """Between what the published run's table implies (0.23 to 0.29) and what well-tuned code of this size reaches (0.5)."""
@@ -245,7 +246,7 @@ def _times(plans: Iterable[StepPlan], needs: dict[str, Need], cluster: Cluster, 
         table.add_row(
             plan.step, "" if found is None else _layout(found), "" if found is None else f"{int(found.config.micro_batch)} x {found.microbatches}",
             "" if found is None else f"{size(found.memory.peak)}{'' if found.changes is not None else ' !'}", speed,
-            "" if plan.tokens is None else f"{plan.tokens:.3g}", *_spent(hours, cluster, known),
+            "" if plan.tokens is None else human(plan.tokens), *_spent(hours, cluster, known),
         )  # fmt: skip
     table.add_section()
     table.add_row("together", "", "", "", "", "", *_spent(whole, cluster, complete))
@@ -256,8 +257,13 @@ def _spent(hours: float | None, cluster: Cluster, known: bool) -> list[str]:
     """Hours, days, GPU-hours and cost; not `known`: that is the least."""
     if hours is None:
         return ["", "", ""] + ([] if cluster.price is None else [""])
-    found = [f"{hours:,.3g}", f"{hours / 24:,.3g}", f"{hours * cluster.gpus:,.4g}"] + ([] if cluster.price is None else [f"{hours * cluster.gpus * cluster.price:,.0f}"])
+    found = [_number(hours), _number(hours / 24), _number(hours * cluster.gpus)] + ([] if cluster.price is None else [f"{hours * cluster.gpus * cluster.price:,.0f}"])
     return [text if known else f"> {text}" for text in found]
+
+
+def _number(value: float) -> str:
+    """1234.5 -> '1,234' and 0.01234 -> '0.0123'."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _layout(found: Need) -> str:
