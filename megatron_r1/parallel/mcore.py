@@ -205,7 +205,10 @@ class PlannedSave(TorchDistSaveShardedStrategy):
             for entry, copy in zip(entries, self._copies.take([entry.data for entry in entries]), strict=True):
                 entry.data = copy
         self._planner = strategy.MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
-        self._writer = _Writer(checkpoint_dir, thread_count=1, sync_files=True)
+        # Copies are on the host already. Beside a GPU torch would bring them over all the same: every 10 MB it would wait for what training has asked of
+        # the GPU, and that in a thread whose GPU is the machine's first, whatever this process trains on.
+        ahead = {} if self._copies is None else {"per_thread_copy_ahead": 0}
+        self._writer = _Writer(checkpoint_dir, thread_count=1, sync_files=True, **ahead)
         rank = torch.distributed.get_rank()
         self._writer.reset()
         self._planner.set_up_planner(strategy.mcore_to_pyt_state_dict(state, False), storage_meta=self._writer.storage_meta(), is_coordinator=rank == 0)

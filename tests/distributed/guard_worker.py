@@ -1,5 +1,5 @@
-"""One rank of two: faults on the other rank alone, a signal to one rank alone, a disk that is full for one rank alone, and a rank that is killed
-under torchrun, in a step and in a save.
+"""One rank of two: faults on the other rank alone, a signal to one rank alone, a disk that is full for one rank alone, and ranks that are killed
+under torchrun, in a step and in saves.
 
 `python guard_worker.py <folder>` runs all cases; `python guard_worker.py <folder> elastic` the last one.
 """
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
 from train_toys import final_bytes, reopen, settings, train
 
 from megatron_r1.artifacts.checkpoint import CheckpointSet
-from megatron_r1.parallel import context
+from megatron_r1.parallel import checkpoint, context
 from megatron_r1.parallel.mcore import PlannedSave
 from megatron_r1.train import loop
 from megatron_r1.utils.errors import EnvironmentProblem
@@ -127,9 +127,10 @@ def full_disk(folder: Path, shards) -> list:
 
 
 def elastic(folder: Path, shards) -> dict:
-    """Rank 1 is killed in step 4 of the first attempt and, with half a file written, in the save of step 6 of the second; the third ends in the
-    bytes of a run without a kill. Each rank writes its own part of the optimizer's state."""
-    update, write = loop.Trainer._update, PlannedSave.write
+    """Rank 1 is killed in step 4 of the first attempt and, with half a file written, in the save of step 6 of the second; rank 0, in the third,
+    between the last file of step 8's checkpoint and its name. The fourth ends in the bytes of a run without a kill. Each rank writes its own part of
+    the optimizer's state."""
+    update, write, replace = loop.Trainer._update, PlannedSave.write, checkpoint._replace
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
 
     def dying(self, *arguments):
@@ -146,6 +147,11 @@ def elastic(folder: Path, shards) -> dict:
             os.kill(os.getpid(), signal.SIGKILL)
         return written
 
+    def dying_replace(partial, path):
+        if attempt == "2" and path.name == "step-00000008":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(partial, path)
+
     began = []
     start = loop.Trainer._start
 
@@ -156,6 +162,7 @@ def elastic(folder: Path, shards) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.Trainer, "_update", dying)
         patch.setattr(PlannedSave, "write", dying_write)
+        patch.setattr(checkpoint, "_replace", dying_replace)
         patch.setattr(loop.Trainer, "_start", note)
         killed = train(folder / "runs", settings(**SHARDED), "killed", shards=shards)
     straight = train(folder / "runs", settings(**SHARDED), "straight", shards=shards)

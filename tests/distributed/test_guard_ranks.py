@@ -73,9 +73,9 @@ def test_a_disk_full_for_one_rank_ends_both_and_loses_nothing_older(runs):
 @pytest.mark.slow
 def test_torchrun_starts_a_killed_worker_anew(tmp_path, shards):
     (tmp_path / "arguments.json").write_text(json.dumps({"shards": str(shards.path)}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2", "--monitor-interval", "0.2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "--monitor-interval", "0.2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([*command, str(HERE / "guard_worker.py"), str(tmp_path), "elastic"], env=environment, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    done = subprocess.run([*command, str(HERE / "guard_worker.py"), str(tmp_path), "elastic"], env=environment, capture_output=True, text=True, timeout=400, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-6000:]
     for rank in range(2):
-        assert json.loads((tmp_path / f"result-{rank}.json").read_text()) == {"attempt": "2", "began": [4], "same": True}
+        assert json.loads((tmp_path / f"result-{rank}.json").read_text()) == {"attempt": "3", "began": [6], "same": True}

@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tensor, top k": {"layout": TENSOR, "options": {"objective": "topk"}},
     "pipeline": {"layout": PIPELINE, "validate": True},
     "pipeline, untied": {"layout": PIPELINE, "options": {"tied": False}},
+    "pipeline, recompute": {"layout": PIPELINE, "options": {"recompute": True}},
     "pipeline, distill": {"layout": PIPELINE, "options": {"objective": "distill"}},
     "interleaved pipeline": {"layout": {"pipeline": 2, "virtual_pipeline": 2}},
     "interleaved pipeline, distill": {"layout": {"pipeline": 2, "virtual_pipeline": 2}, "options": {"objective": "distill"}},
@@ -40,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "data, sharded optimizer": {"layout": SHARDED},
     "data, overlap": {"layout": {"overlap": True}},
     "data, sharded optimizer, overlap": {"layout": {"distributed_optimizer": True, "overlap": True}},
+    "data, sharded optimizer, overlap, recompute": {"layout": {"distributed_optimizer": True, "overlap": True}, "options": {"recompute": True}},
     "data, sharded optimizer, overlap, untied": {"layout": {"distributed_optimizer": True, "overlap": True}, "options": {"tied": False}},
 }
 RESUME: dict[str, dict[str, Any]] = {
@@ -48,9 +50,13 @@ RESUME: dict[str, dict[str, Any]] = {
     "sharded, overlap": {"layout": {**SHARDED, "overlap": True}},
     "sharded, overlap, bf16": {"layout": {**SHARDED, "overlap": True}, "options": {"precision": "bf16"}},
     "pipeline": {"layout": PIPELINE},
+    "interleaved pipeline": {"layout": {"pipeline": 2, "virtual_pipeline": 2}},
     "context, sharded bf16": {"layout": {**CONTEXT, **SHARDED}, "options": {"precision": "bf16"}},
 }
-LOADS = {"tensor": TENSOR, "pipeline": PIPELINE, "sharded": SHARDED, "context": {**CONTEXT, **SHARDED}}
+LOADS = {
+    "tensor": TENSOR, "tensor, sequence": SEQUENCE, "pipeline": PIPELINE, "interleaved pipeline": {"pipeline": 2, "virtual_pipeline": 2}, "sharded": SHARDED,
+    "sharded, overlap": {**SHARDED, "overlap": True}, "context": {**CONTEXT, **SHARDED},
+}
 
 
 def base(name: str) -> dict[str, Any]:
@@ -65,16 +71,17 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Reference runs of this process, and a checkpoint of the first of them after `STEPS` steps."""
     references: dict[str, Any] = {}
     moments: dict[str, Any] = {}
+    continued: dict[str, Any] = {}
+    path = tmp_path_factory.mktemp("single") / "step"
     for name in CASES:
         key = str(sorted(base(name).items()))
         if key not in references:
             run = Run(LayoutConfig(), **base(name))
             references[key], moments[key] = run.steps(), first_moments(run)
-    run = Run(LayoutConfig())
-    run.steps()
-    path = tmp_path_factory.mktemp("single") / "step"
-    run.save(path)
-    return {"steps": references, "moments": moments, "checkpoint": path, "continued": run.steps(2), "validation": Run(LayoutConfig()).validation()}
+            if key == "[]":
+                run.save(path)
+            continued[key] = run.steps(2)
+    return {"steps": references, "moments": moments, "checkpoint": path, "continued": continued, "validation": Run(LayoutConfig()).validation()}
 
 
 @pytest.fixture(scope="module")
@@ -100,18 +107,20 @@ def first_moments(run: Run) -> dict[str, torch.Tensor]:
 
 
 def same_gradients(folder: str, name: str, single: dict[str, Any]) -> None:
-    """The gradients of all steps, number by number, as the moments of the checkpoint written under the layout have them.
+    """The gradients of all steps, number by number, as the moments of the checkpoint written under the layout have them; it continues as the single process's.
 
     Adam divides by the root of tiny second moments, so single weights, and then gradients, differ by more than the losses' rounding;
     a gradient that is left out, counted twice or of other tokens is off by a thousand times the bound.
     """
-    run, expected = Run(LayoutConfig(), seed=31, **base(name)), single["moments"][str(sorted(base(name).items()))]
+    key = str(sorted(base(name).items()))
+    run, expected = Run(LayoutConfig(), seed=31, **base(name)), single["moments"][key]
     run.load(Path(folder) / name)
     found = first_moments(run)
     assert found.keys() == expected.keys()
     for parameter, moment in expected.items():
         off = float((found[parameter] - moment).norm() / moment.norm())
         assert off <= 1e-4, f"{parameter}: {off:.2g}"
+    close(run.steps(2), single["continued"][key], norms=1e-5)
 
 
 def close(found: list[list[float]], expected: list[tuple[float, float]], norms: float = 1e-6) -> None:
@@ -155,7 +164,7 @@ def test_resume_is_bit_for_bit(name: str, ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("name", LOADS)
 def test_a_single_process_checkpoint_under_another_layout(name: str, single: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        close(rank[f"load {name}"], single["continued"], norms=1e-5)
+        close(rank[f"load {name}"], single["continued"]["[]"], norms=1e-5)
 
 
 @pytest.mark.slow
@@ -195,6 +204,9 @@ COMBINED: dict[str, dict[str, Any]] = {
     "interleaved pipeline x data, sharded, overlap": {
         "layout": {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True, "overlap": True}, "validate": True,
     },
+    "tensor x data, sequence, sharded, overlap, recompute": {
+        "layout": {"tensor": 2, "sequence_parallel": True, "distributed_optimizer": True, "overlap": True}, "options": {"recompute": True},
+    },
     "context x data, sharded, overlap": {"layout": {"context": 2, "distributed_optimizer": True, "overlap": True}},
     "context x tensor, sequence, sharded, recompute": {
         "layout": {"context": 2, "tensor": 2, "sequence_parallel": True, "distributed_optimizer": True}, "options": {"recompute": True},
@@ -216,12 +228,24 @@ TRIPLE: dict[str, dict[str, Any]] = {
 }
 
 
+# Layout of a checkpoint that two processes wrote (a case of theirs; "": one process) -> layout under which four go on from it.
+FROM: dict[str, tuple[str, dict[str, Any]]] = {
+    "one process to tensor x pipeline": ("", {"tensor": 2, "pipeline": 2}),
+    "sharded, overlap to tensor x pipeline, sharded": ("data, sharded optimizer, overlap", {"tensor": 2, "pipeline": 2, "distributed_optimizer": True}),
+    "interleaved pipeline to context x tensor": ("interleaved pipeline", {"context": 2, "tensor": 2, "sequence_parallel": True, "distributed_optimizer": True}),
+    "context to interleaved pipeline x data": (
+        "context, sharded optimizer, overlap", {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True, "overlap": True},
+    ),
+    "tensor to data": ("tensor, sequence", {"distributed_optimizer": True, "overlap": True}),
+}
+
+
 @pytest.fixture(scope="module")
-def four(single: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def four(single: dict[str, Any], ranks: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     arguments = {
         "cases": COMBINED,
         "resume": {"all": {"layout": {"tensor": 2, "context": 2, "sequence_parallel": True, "distributed_optimizer": True}}},
-        "load": {"all": {"layout": {"tensor": 2, "pipeline": 2}, "path": str(single["checkpoint"])}},
+        "load": {name: {"layout": layout, "path": str(Path(ranks[0]["folder"]) / case if case else single["checkpoint"])} for name, (case, layout) in FROM.items()},
     }
     folder = tmp_path_factory.mktemp("four")
     results = launch(Path(__file__).with_name("worker.py"), 4, folder, arguments, timeout=480)
@@ -243,7 +267,8 @@ def test_combined_degrees_equal_single_process(name: str, single: dict[str, Any]
 def test_combined_degrees_load_and_resume(single: dict[str, Any], four: list[dict[str, Any]]) -> None:
     for rank in four:
         assert rank["resume all"] is True
-        close(rank["load all"], single["continued"], norms=1e-5)
+        for name in FROM:
+            close(rank[f"load {name}"], single["continued"]["[]"], norms=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -268,4 +293,4 @@ def test_three_degrees_equal_single_process(name: str, single: dict[str, Any], e
 @pytest.mark.slow
 def test_three_degrees_load(single: dict[str, Any], eight: list[dict[str, Any]]) -> None:
     for rank in eight:
-        close(rank["load all"], single["continued"], norms=1e-5)
+        close(rank["load all"], single["continued"]["[]"], norms=1e-5)

@@ -25,7 +25,7 @@ def resume(layout: LayoutConfig, path: Path, **options: Any) -> bool:
     second = Run(layout, seed=6, **options)
     second.load(path)
     again = second.steps(2)
-    same_weights = all(torch.equal(a, b) for a, b in zip(first.chunks[0].parameters(), second.chunks[0].parameters()))
+    same_weights = all(torch.equal(a, b) for one, two in zip(first.chunks, second.chunks) for a, b in zip(one.parameters(), two.parameters()))
     return straight == again and same_weights
 
 

@@ -9,6 +9,8 @@ import os
 import pickle
 import random
 import shutil
+import threading
+import types
 import zipfile
 from collections import namedtuple
 from pathlib import Path
@@ -453,6 +455,34 @@ def test_memory_asked_for_ahead_is_the_one_used() -> None:
         assert memory.data_ptr() <= copy.data_ptr() < memory.data_ptr() + memory.numel()
     assert torch.equal(again[1], tensors[2])
     assert copies.take([torch.ones(10**5)])[0].sum() == 10**5
+
+
+def test_the_thread_that_writes_leaves_the_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's writer beside a GPU waits for its stream, of the thread's GPU: for a thread that is the machine's first one."""
+    from torch.distributed.checkpoint import filesystem
+
+    class WithGpu:
+        cuda = types.SimpleNamespace(is_available=lambda: True)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+    used: list[str] = []
+
+    class Streamed(filesystem._SerialCpuLoader):
+        def __init__(self, resolve: Any, inflight_threshhold: int) -> None:
+            super().__init__(resolve)
+            used.append(threading.current_thread().name)
+
+    run = Run(LayoutConfig())
+    monkeypatch.setattr(filesystem, "torch", WithGpu())
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", Streamed)
+    run.save(tmp_path / "waiting")
+    assert used == ["MainThread"]
+    checkpoint.begin_save(tmp_path / "beside", run.chunks, run.optimizer, {"step": 0}, run.ctx, HostCopies()).finish()
+    assert used == ["MainThread"]
+    for folder in ("waiting", "beside"):
+        assert checkpoint.verify(tmp_path / folder, run.ctx)["common"] == {"step": 0}
 
 
 # ---------------------------------------------------------------- full disk

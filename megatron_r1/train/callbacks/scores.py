@@ -85,6 +85,7 @@ class Scores(Callback):
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = {name: (line.left, line.right, line.probes) if isinstance(line, Factors) else line for name, line in self.directions.lines.items()}
             torch.save({"step": self.probe_step, "lines": lines}, path)
+            files.sync(path)
         if trainer.ctx.is_main and self.scratch.is_dir():
             for folder in self.scratch.iterdir():
                 if int(folder.name) != trainer.step and not checkpoint_folder(trainer.folder, int(folder.name)).is_dir():
