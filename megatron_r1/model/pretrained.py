@@ -36,8 +36,10 @@ def load_language_model(weights: Path, gguf: bool, precision: str, device: torch
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _reading(weights):
         model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, attn_implementation="sdpa", output_loading_info=True, **extra)
-    # A tied head is the embedding. Anything else that is not in the files would have random weights.
-    absent = sorted(name for name in found["missing_keys"] if model.get_parameter(name) is not model.get_input_embeddings().weight)
+    # Of a tensor with several names, a tied head and the embedding, one is enough. What is under none of its names in the files has random numbers.
+    named, missing = dict(model.named_parameters(remove_duplicate=False)), set(found["missing_keys"])
+    there = {id(tensor) for name, tensor in named.items() if name not in missing}
+    absent = sorted(name for name in missing if id(named.get(name)) not in there)
     if absent:
         raise DataError(expected=f"all weights of {type(model).__name__} in {weights}", found=f"no {', '.join(absent[:4])}", fix="copy the model again, config.json and weights together")
     return _frozen(model, weights.name, precision, device), tokenizer

@@ -44,6 +44,11 @@ CASES: dict[str, dict[str, Any]] = {
     "data, sharded optimizer, overlap, recompute": {"layout": {"distributed_optimizer": True, "overlap": True}, "options": {"recompute": True}},
     "data, sharded optimizer, overlap, untied": {"layout": {"distributed_optimizer": True, "overlap": True}, "options": {"tied": False}},
 }
+# In bf16 products are rounded by their parts, so these agree to a few of its digits only.
+HALF: dict[str, dict[str, Any]] = {
+    f"{name}, bf16": {"layout": layout, "options": {"precision": "bf16"}}
+    for name, layout in {"tensor, sequence": SEQUENCE, "pipeline": PIPELINE, "context": CONTEXT, "data, sharded, overlap": {**SHARDED, "overlap": True}}.items()
+}
 RESUME: dict[str, dict[str, Any]] = {
     "sharded": {"layout": SHARDED},
     "sharded bf16": {"layout": SHARDED, "options": {"precision": "bf16"}},
@@ -89,7 +94,7 @@ def ranks(single: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> l
     folder = tmp_path_factory.mktemp("ranks")
     damaged = folder / "damaged"
     arguments = {
-        "cases": CASES,
+        "cases": CASES | HALF,
         "resume": RESUME,
         "load": {name: {"layout": layout, "path": str(single["checkpoint"])} for name, layout in LOADS.items()},
         "damage": {"layout": TENSOR, "path": str(damaged)},
@@ -140,6 +145,17 @@ def test_layout_equals_single_process(name: str, single: dict[str, Any], ranks: 
         # The rest of a vocabulary beside the k likeliest is 1 minus their sum, and its rounding is that of 1.
         close(rank[name], expected, norms=1e-5 if "top k" in name else 1e-6)
     same_gradients(ranks[0]["folder"], name, single)
+
+
+@pytest.mark.slow
+def test_layouts_in_bf16(ranks: list[dict[str, Any]]) -> None:
+    expected = Run(LayoutConfig(), precision="bf16").steps()
+    for name in HALF:
+        for rank in ranks:
+            assert rank[name] == ranks[0][name]
+        for (loss, norm), (loss_alone, norm_alone) in zip(ranks[0][name], expected, strict=True):
+            assert loss == pytest.approx(loss_alone, abs=2e-3), name
+            assert norm == pytest.approx(norm_alone, rel=1e-2), name
 
 
 @pytest.mark.slow

@@ -171,8 +171,9 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path, shards, folder):
         (lambda path: (path / "config.json").write_text("{"), DataError, "transformers can load"),
         (lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:5000]), DataError, "transformers can load"),
         (lambda path: without(path, "model.layers.1.mlp.up_proj.weight"), DataError, r"all weights of LlamaForCausalLM(?s:.)*no model.layers.1.mlp.up_proj.weight"),
+        (lambda path: without(path, "model.embed_tokens.weight"), DataError, r"all weights of LlamaForCausalLM(?s:.)*no model.embed_tokens.weight"),
     ],
-    ids=["folder", "weights", "tokenizer", "config", "cut short", "one tensor"],
+    ids=["folder", "weights", "tokenizer", "config", "cut short", "one tensor", "the embedding"],
 )
 def test_teachers_with_missing_or_damaged_files_are_refused_before_the_first_step(tmp_path, shards, folder, damage, error, message):
     mine = tmp_path / "mine"
@@ -190,6 +191,16 @@ def without(path, name):
     tensors = load_file(path / "model.safetensors")
     del tensors[name]
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_teacher_with_a_tied_head_has_to_have_its_embedding(tmp_path, shards):
+    """One name of a tied tensor is enough, but none is not."""
+    tied = make_outside_model(tmp_path / "tied", shards, tie_word_embeddings=True)
+    teacher = HuggingFaceTeacher(PretrainedConfig(hf_folder=str(tied)), CPU)
+    assert teacher.model.weight is teacher.model.model.get_input_embeddings().weight
+    without(tied, "model.embed_tokens.weight")
+    with pytest.raises(DataError, match=r"all weights of LlamaForCausalLM(?s:.)*no (lm_head.weight, )?model.embed_tokens.weight"):
+        HuggingFaceTeacher(PretrainedConfig(hf_folder=str(tied)), CPU)
 
 
 def test_trained_teachers_that_do_not_fit_are_refused(tmp_path, shards):
