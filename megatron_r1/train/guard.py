@@ -91,20 +91,21 @@ class Guard:
     def _usual(self, loss: float, grad_norm: float) -> None:
         window = self.config.window
         self.losses = [*self.losses, loss][-window:]
-        self.norms = [*self.norms, grad_norm][-window:]
+        if grad_norm > 0:  # no gradient at all, as when answers all earn the same, says nothing about the size of one
+            self.norms = [*self.norms, grad_norm][-window:]
 
     def _wrong(self, loss: float, grad_norm: float) -> str:
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
                 return f"{name} {value}"
-        sigmas = self.config.spike
-        if sigmas is None or len(self.losses) < max(2, self.config.window // 4):
+        sigmas, enough = self.config.spike, max(2, self.config.window // 4)
+        if sigmas is None:
             return ""
-        limit = _limit(self.losses, sigmas, LEAST_LOSS)
-        if loss > limit:
+        if len(self.losses) >= enough and loss > (limit := _limit(self.losses, sigmas, LEAST_LOSS)):
             return f"loss {loss:.4g} above {limit:.4g}"
-        limit = math.exp(_limit([_log(norm) for norm in self.norms], sigmas, LEAST_NORM))
-        return f"gradient norm {grad_norm:.4g} above {limit:.4g}" if grad_norm > limit else ""
+        if len(self.norms) >= enough and grad_norm > 0 and math.log(grad_norm) > (limit := _limit([math.log(norm) for norm in self.norms], sigmas, LEAST_NORM)):
+            return f"gradient norm {grad_norm:.4g} above {math.exp(limit):.4g}"
+        return ""
 
     def state(self) -> dict[str, Any]:
         """JSON-able state."""
@@ -115,10 +116,6 @@ class Guard:
         fresh = Guard(self.config).state()
         for name, value in {**fresh, **{key: value for key, value in state.items() if key in fresh}}.items():
             setattr(self, name, value)
-
-
-def _log(value: float) -> float:
-    return math.log(max(value, 1e-30))
 
 
 def _limit(values: Sequence[float], sigmas: float, least: float) -> float:

@@ -68,6 +68,20 @@ def test_a_leap_is_seen_and_noise_is_not(seed, noise, level, steps, of_norm):
     assert Guard(GuardConfig(window=64, spike=None)).decide(1, 1e9, 1e9).action == "accept"
 
 
+def test_no_gradient_at_all_is_no_measure_of_the_next():
+    """Answers that all earn the same leave none: the first that is rewarded must not be taken for a spike, nor may a wide range of norms overflow."""
+    guard = Guard(GuardConfig(window=16))
+    for step in range(1, 40):
+        assert guard.decide(step, 0.0, 0.0).action == "accept"
+    assert guard.decide(40, 0.0, 1.0).action == "accept"
+    for step in range(41, 60):
+        assert guard.decide(step, 0.0, float(step % 2)).action == "accept"
+    assert guard.decide(60, 0.0, 1000.0).action == "skip"
+    wide = Guard(GuardConfig(window=16, spike=1000.0))
+    for step in range(1, 60):
+        assert wide.decide(step, 0.0, 10.0 ** (30 * (step % 3))).action == "accept"
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from([2.0, 2.1, 1.9, 50.0, NAN]), max_size=80), st.integers(0, 80))
 def test_a_saved_guard_decides_as_the_first_would_have(losses, cut):

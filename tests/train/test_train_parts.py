@@ -1,6 +1,8 @@
 """RankMe, held-out rows, top-k cache: each against an independent oracle."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from train_toys import make_shards
 
 from megatron_r1.data.shards import ShardSet
+from megatron_r1.train import teacher_cache
 from megatron_r1.train.callbacks.validation import Validation
 from megatron_r1.train.config import ValidationConfig
 from megatron_r1.train.heldout import Document, pack, source_documents
@@ -117,6 +120,38 @@ def test_cache_resumes_after_an_interruption_and_notices_damage(tmp_path, messag
     for chunk in (1, 2):
         again.write(chunk, *content(again, chunk))
     assert torch.equal(again.read(0, 10)[1], cache.read(0, 10)[1])
+
+
+def test_ranks_look_for_missing_chunks_together(monkeypatch):
+    """Three ranks as threads: each chunk is read once, by one of them, and all know all that is missing."""
+    monkeypatch.setattr(teacher_cache, "_CHECKED", 2)
+    chunks, missing, read, meeting, box = 23, {0, 7, 8, 22}, [], threading.Barrier(3), {}
+
+    class Cache:
+        def __init__(self):
+            self.chunks = chunks
+
+        def complete(self, chunk):
+            read.append(chunk)
+            return chunk not in missing
+
+    class Rank:
+        world_size = 3
+
+        def __init__(self, rank):
+            self.rank = rank
+
+        def everywhere(self, action):
+            box[self.rank] = action()
+            meeting.wait(20)
+            found = [box[rank] for rank in range(3)]
+            meeting.wait(20)
+            return found
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda rank: teacher_cache._missing(Cache(), Rank(rank)), range(3)))
+    assert found == [sorted(missing)] * 3
+    assert sorted(read) == list(range(chunks))
 
 
 def test_cache_of_another_teacher_or_length_is_thrown_away(tmp_path, messages):
