@@ -19,6 +19,8 @@ fi
 # A new store for every restart: in a shared one the processes would look for each other under the number of restarts, which the
 # machines count differently when the processes of one die and those of another only hang.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Seconds after SIGTERM in which a step is finished and saved; by itself torchrun kills after 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
 exec torchrun \
   --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "${GPUS:-8}" --max-restarts "${RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-id "megatron-r1-$step" --rdzv-endpoint "$HEAD:${PORT:-29500}" \

@@ -7,6 +7,8 @@
 set -euo pipefail
 recipe="${RECIPE:-mobilellm_r1_140m}"
 runs="${RUNS:-runs}"
+# Seconds after SIGTERM in which a step is finished and saved; by itself torchrun kills after 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
 
 # Earlier steps are checked by size only: reading terabytes of shards again before every step would take hours.
 one() { megatron-r1 run "$recipe" --runs-dir "$runs" --verify sizes --only "$1"; }
