@@ -38,7 +38,7 @@ def test_machines_whose_torchruns_count_restarts_differently_meet_again(tmp_path
             whole = [*command, "--node-rank", str(number), str(HERE / "elastic_node_worker.py"), str(tmp_path)]
             machines.append(subprocess.Popen(whole, env=environment, stdout=stream, stderr=stream, cwd=tmp_path))
     try:
-        codes = [machine.wait(timeout=90) for machine in machines]
+        codes = [machine.wait(timeout=240) for machine in machines]
     finally:
         for machine in machines:
             machine.terminate()
