@@ -25,8 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         if options.step is None:
+            found = prove(options.path)
             print("source\tepoch\ttokens\trepeated\tleft\tstate")
-            for source, epoch, finished, tokens, repeated, left, _ in prove(options.path):
+            for source, epoch, finished, tokens, repeated, left, _ in found:
                 print(f"{source}\t{epoch}\t{tokens}\t{repeated}\t{left if finished else '-'}\t{'finished' if finished else 'running'}")
             return 0
         phase = open_phase(open_artifact(options.path))
