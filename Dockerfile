@@ -3,7 +3,7 @@
 # with its registry and tag:
 #   docker build --build-arg BASE=REGISTRY/nvidia/pytorch:TAG -t megatron-r1 .
 #   mkdir -p runs
-#   docker run --gpus all --shm-size 8g --user "$(id -u):$(id -g)" -e HOME=/tmp -v "$PWD/runs:/trainer/runs" megatron-r1 recipes
+#   docker run --gpus all --shm-size 8g --user "$(id -u):$(id -g)" -e HOME=/trainer/runs -v "$PWD/runs:/trainer/runs" megatron-r1 recipes
 ARG BASE
 FROM ${BASE}
 
