@@ -125,13 +125,14 @@ def same_gradients(folder: str, name: str, single: dict[str, Any]) -> None:
     for parameter, moment in expected.items():
         off = float((found[parameter] - moment).norm() / moment.norm())
         assert off <= 1e-4, f"{parameter}: {off:.2g}"
-    close(run.steps(2), single["continued"][key], norms=1e-5)
+    # The weights' rounding of four updates under another layout is in these losses.
+    close(run.steps(2), single["continued"][key], norms=1e-5, losses=3e-6)
 
 
-def close(found: list[list[float]], expected: list[tuple[float, float]], norms: float = 1e-6) -> None:
+def close(found: list[list[float]], expected: list[tuple[float, float]], norms: float = 1e-6, losses: float = 1e-6) -> None:
     assert len(found) == len(expected)
     for (loss, norm), (loss_alone, norm_alone) in zip(found, expected):
-        assert loss == pytest.approx(loss_alone, abs=1e-6, rel=0)
+        assert loss == pytest.approx(loss_alone, abs=losses, rel=0)
         assert norm == pytest.approx(norm_alone, rel=norms, abs=0)
 
 
@@ -284,7 +285,7 @@ def test_combined_degrees_load_and_resume(single: dict[str, Any], four: list[dic
     for rank in four:
         assert rank["resume all"] is True
         for name in FROM:
-            close(rank[f"load {name}"], single["continued"]["[]"], norms=1e-5)
+            close(rank[f"load {name}"], single["continued"]["[]"], norms=1e-5, losses=1e-6 if not FROM[name][0] else 3e-6)
 
 
 @pytest.fixture(scope="module")
