@@ -271,7 +271,8 @@ HELD_OUT = 0.001  # this project's own measuring sets, taken off every pool
 
 @ALL
 def test_epochs_per_source(recipe: Recipe) -> None:
-    assert step(recipe, "corpus_pretrain").splits.test == HELD_OUT
+    splits = step(recipe, "corpus_pretrain").splits
+    assert splits.probe + splits.test == HELD_OUT
     plans = {plan.step: plan for plan in derive(recipe)}
     for name, phases in EPOCHS.items():
         for phase, expected in zip(("pretrain1", "pretrain2"), phases, strict=True):
@@ -331,6 +332,14 @@ def test_documents(recipe: Recipe) -> None:
     for name in ("sft_general", "sft_reasoning"):
         assert step(recipe, name).reset_documents
         assert step(recipe, name).sft.mask == "all"
+
+
+@ALL
+def test_what_measures_while_training_has_text_to_measure_on(recipe: Recipe) -> None:
+    """Curves and RankMe come from the probe split."""
+    for config in recipe.steps.values():
+        if config.stage == "train" and (config.validation.tokens or config.rankme.samples):  # type: ignore[attr-defined]
+            assert step(recipe, config.inputs.shards).splits.probe > 0  # type: ignore[attr-defined]
 
 
 def test_the_three_are_shipped() -> None:

@@ -27,7 +27,9 @@ class RankMe(Callback):
         self.config, self.width, self.seconds = config, width, 0.0
         documents, self.positions = rankme_documents(shards, int(config.samples), seq_length, seed)
         self.rows = pack(documents, seq_length)
-        if len(documents) < int(config.samples):
+        if len(documents) < 2 <= int(config.samples):
+            log.warning("rankme: not measured: the shards hold %d held-out documents; raise splits.probe of the corpus step", len(documents))
+        elif len(documents) < int(config.samples):
             log.warning("rankme: %d samples asked for, the shards hold %d held-out documents: measured on these", int(config.samples), len(documents))
 
     @property

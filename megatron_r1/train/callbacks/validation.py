@@ -30,7 +30,7 @@ class Validation(Callback):
         of_sources = source_documents(shards, sources, int(config.source_tokens), seq_length, seed)
         bare = sorted(set(sources) - {document.curve.removeprefix("source/") for document in of_sources}) if config.source_tokens else []
         if bare:
-            log.warning("validation: no held-out documents of %s, so there is no curve of them", ", ".join(bare[:8]) + (f" and {len(bare) - 8} more" if len(bare) > 8 else ""))
+            log.warning("validation: no held-out documents of %s, so there is no curve of them (splits.probe of the corpus step)", ", ".join(bare[:8]) + (f" and {len(bare) - 8} more" if len(bare) > 8 else ""))
         documents = [*validation_documents(shards, probe, int(config.tokens), seq_length, seed), *of_sources]
         self.often, self.rarely = (pack([d for d in documents if d.curve.startswith("test/") is rarely], seq_length) for rarely in (False, True))
         self.bytes = dict.fromkeys((document.curve for document in documents), 0)
